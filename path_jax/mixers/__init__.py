@@ -1,0 +1,22 @@
+"""Sequence mixers, one contract:
+
+    mixer(x: [B, T, D], *, positions=None [B, T], segment_ids=None [B, T], cache=None) -> (y: [B, T, D], cache)
+
+Documents of a packed sequence (segment_ids) do not see each other. `cache=None` is training and full forward passes;
+decoding with a cache is not part of this version.
+"""
+
+import functools
+
+from path_jax.mixers.attention import ForgettingAttention
+from path_jax.mixers.path_attention import PathAttention
+
+MIXERS = {
+    "path": PathAttention,
+    "path_fox": functools.partial(PathAttention, forget_gate=True),
+    "fox": ForgettingAttention,
+    "rope": functools.partial(ForgettingAttention, gate="none", rope_theta=10000.0),
+    "nope": functools.partial(ForgettingAttention, gate="none"),
+}
+
+__all__ = ["MIXERS", "ForgettingAttention", "PathAttention"]

@@ -1,0 +1,130 @@
+"""Softmax attention with an optional forget gate and optional rotary embedding: FoX, RoPE and NoPE transformers."""
+
+import math
+
+import flax.linen as nn
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels import forgetting_attention
+from path_jax.nn.layers import HeadRMSNorm, default_positions, linear, rotary, shift
+from path_jax.nn.taps import Tap
+
+GATES = ("full", "bias_only", "fixed", "none")
+QK_NORMS = ("none", "head", "shared")
+
+
+def timescale_biases(num_heads: int, shortest: float, longest: float) -> np.ndarray:
+    """Gate biases b with log_sigmoid(b) = -1/T, T log-spaced over the heads from `shortest` to `longest` tokens."""
+    timescales = np.exp(np.linspace(math.log(shortest), math.log(longest), num_heads))
+    return -np.log(np.expm1(1 / timescales)).astype(np.float32)
+
+
+def token_shift(y: Float[Array, "B T K H"], amount: Float[Array, "B T K"], segment_ids: Int[Array, "B T"] | None):
+    """`amount_t * y_{t-1} + (1 - amount_t) * y_t` per head, with y = 0 before each document; mixed in float32."""
+    mixed = amount[..., None] * shift(y, 1, segment_ids) + (1 - amount[..., None]) * y
+    return mixed.astype(y.dtype)
+
+
+class ForgettingAttention(nn.Module):
+    """Multi-head attention whose logits decay by data-dependent forget gates (FoX); without a gate, a plain transformer's.
+
+    The "LLaMA" FoX block is the default; the "Pro" block is `kv_shift=True, qk_norm="head" (or "shared"),
+    output_norm=True, output_gate=True`.
+
+    Args:
+      num_heads: query heads N; num_kv_heads: N by default; head_dim: D // N by default.
+      gate: "full" (log_sigmoid of a projection of x), "bias_only" (a learned constant per head), "fixed" (a constant per
+        head), "none".
+      gate_timescales: shortest and longest decay time in tokens, over the heads, that "bias_only" starts from and "fixed"
+        keeps. The paper's range is not stated; this one is ours.
+      kv_shift: mixes each key and value head with the previous token's by a data-dependent amount.
+      qk_norm: RMS norm of query and key heads (eps 1e-5): "none", "head" (a scale per head) or "shared" (one for all).
+      output_norm: RMS norm of each output head; output_gate: multiplies the output by sigmoid(output_gate_proj x).
+      rope_theta: base of the rotary embedding, applied after the norm; None for none.
+      norm_eps: of the output norm.
+      window, prune, gate_scale, implementation: see pallas_kernels.forgetting_attention.
+      dtype: compute dtype, the input's by default; the gate is float32 always.
+
+    Source: Lin et al., "Forgetting Transformer", sections 3 and 4.
+    """
+
+    num_heads: int
+    num_kv_heads: int | None = None
+    head_dim: int | None = None
+    gate: str = "full"
+    gate_timescales: tuple[float, float] = (16.0, 4096.0)
+    kv_shift: bool = False
+    qk_norm: str = "none"
+    output_norm: bool = False
+    output_gate: bool = False
+    rope_theta: float | None = None
+    norm_eps: float = 1e-6
+    window: int | None = None
+    prune: float | str | None = None
+    gate_scale: float = 1.0
+    dtype: jnp.dtype | None = None
+    implementation: str | None = None
+
+    def __post_init__(self):
+        if self.gate not in GATES:
+            raise ValueError(f"gate={self.gate!r} is unknown; choose from {GATES}")
+        if self.qk_norm not in QK_NORMS:
+            raise ValueError(f"qk_norm={self.qk_norm!r} is unknown; choose from {QK_NORMS}")
+        super().__post_init__()
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        *,
+        positions: Int[Array, "B T"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+        cache=None,
+    ):
+        if cache is not None:
+            raise NotImplementedError("decoding with a cache is not part of this version; pass the whole sequence")
+        num_kv_heads = self.num_kv_heads or self.num_heads
+        head_dim = self.head_dim or x.shape[-1] // self.num_heads
+        heads = lambda y: y.reshape(*y.shape[:2], -1, head_dim)
+
+        q = heads(linear(self.num_heads * head_dim, "q_proj", dtype=self.dtype)(x))
+        k = heads(linear(num_kv_heads * head_dim, "k_proj", dtype=self.dtype)(x))
+        v = heads(linear(num_kv_heads * head_dim, "v_proj", dtype=self.dtype)(x))
+        if self.kv_shift:
+            amount = lambda name: nn.sigmoid(linear(num_kv_heads, name, dtype=self.dtype)(x).astype(jnp.float32))
+            k = token_shift(k, amount("k_shift_proj"), segment_ids)
+            v = token_shift(v, amount("v_shift_proj"), segment_ids)
+        if self.qk_norm != "none":
+            is_shared = self.qk_norm == "shared"
+            q, k = HeadRMSNorm(is_shared, name="q_norm")(q), HeadRMSNorm(is_shared, name="k_norm")(k)
+        if self.rope_theta is not None:
+            if positions is None:
+                positions = default_positions(x[..., 0], segment_ids)
+            q, k = rotary(q, positions, self.rope_theta), rotary(k, positions, self.rope_theta)
+        q, k, v = Tap(name="q")(q), Tap(name="k")(k), Tap(name="v")(v)
+
+        out = forgetting_attention(
+            q, k, v, self._log_forget(x),
+            gate_scale=self.gate_scale, window=self.window, prune=self.prune, segment_ids=segment_ids,
+            implementation=self.implementation,
+        )  # fmt: skip
+        if self.output_norm:
+            out = HeadRMSNorm(is_shared=False, eps=self.norm_eps, name="output_norm")(out)
+        out = out.reshape(*x.shape[:2], -1)
+        if self.output_gate:
+            out *= nn.sigmoid(linear(out.shape[-1], "output_gate_proj", dtype=self.dtype)(x))
+        return linear(x.shape[-1], "o_proj", dtype=self.dtype)(out), None
+
+    def _log_forget(self, x):
+        if self.gate == "none":
+            return None
+        if self.gate == "full":
+            gate = linear(self.num_heads, "forget_proj", dtype=self.dtype, use_bias=True)(x)
+        else:
+            biases = timescale_biases(self.num_heads, *self.gate_timescales)
+            if self.gate == "bias_only":
+                biases = self.param("forget_bias", lambda _: jnp.asarray(biases))
+            gate = jnp.broadcast_to(biases, (*x.shape[:2], self.num_heads))
+        return Tap(name="log_forget")(nn.log_sigmoid(gate.astype(jnp.float32)))

@@ -1,0 +1,96 @@
+"""PaTH and PaTH-FoX attention as a module: projections, reflection directions and strengths, optional forget gate."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels import path_attention
+from path_jax.nn.layers import HeadRMSNorm, ShortConv, linear
+from path_jax.nn.taps import Tap
+
+
+def unit_directions(w: Float[Array, "B T K H"]) -> Float[Array, "B T K H"]:
+    """`w / sqrt(sum(w^2) + 1e-6)` in float32: a rounded direction would move every logit whose path crosses it."""
+    w = w.astype(jnp.float32)
+    return w * jax.lax.rsqrt(jnp.sum(jnp.square(w), axis=-1, keepdims=True) + 1e-6)
+
+
+class PathAttention(nn.Module):
+    """Multi-head attention with accumulated Householder position encoding.
+
+        w = unit(silu(conv(w_proj x))),  beta = min(2 sigmoid(beta_proj x), beta_max),
+        log_forget = log_sigmoid(forget_proj x),  y = o_proj(path_attention(q, k, v, w, beta, log_forget))
+
+    Args:
+      num_heads: query heads N; num_kv_heads: heads of k, v, w, beta (N by default); head_dim: D // N by default.
+      forget_gate: adds the per-head forget gate (PaTH-FoX).
+      w_rank: rank of the projection to w (two linear maps), or None for a full one, which suits few key heads.
+      conv_size: tokens of the short convolution on w, or 0 for none.
+      qk_norm: RMS norm of each query and key head, scale shared by the heads.
+      gate_scale: factor of the forget gate in the logits; None means the logit scale, as in flash-linear-attention.
+      beta_max: clips beta below 2, for runs in which rounding lets products of reflections grow.
+      prune: see pallas_kernels.path_attention.
+      dtype: compute dtype, the input's by default. w, beta and the gate are float32 always.
+      implementation: see pallas_kernels.path_attention.
+
+    Source: Yang et al., "PaTH Attention", sections 3 and 4.
+    """
+
+    num_heads: int
+    num_kv_heads: int | None = None
+    head_dim: int | None = None
+    forget_gate: bool = False
+    w_rank: int | None = 32
+    conv_size: int = 3
+    qk_norm: bool = False
+    gate_scale: float | None = 1.0
+    beta_max: float = 2.0
+    prune: float | str | None = None
+    dtype: jnp.dtype | None = None
+    implementation: str | None = None
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        *,
+        positions: Int[Array, "B T"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+        cache=None,
+    ):
+        del positions  # position is what the reflections encode
+        if cache is not None:
+            raise NotImplementedError("decoding with a cache is not part of this version; pass the whole sequence")
+        num_kv_heads = self.num_kv_heads or self.num_heads
+        head_dim = self.head_dim or x.shape[-1] // self.num_heads
+        heads = lambda y: y.reshape(*y.shape[:2], -1, head_dim)
+
+        q = heads(linear(self.num_heads * head_dim, "q_proj", dtype=self.dtype)(x))
+        k = heads(linear(num_kv_heads * head_dim, "k_proj", dtype=self.dtype)(x))
+        v = Tap(name="v")(heads(linear(num_kv_heads * head_dim, "v_proj", dtype=self.dtype)(x)))
+        if self.qk_norm:
+            q, k = HeadRMSNorm(is_shared=True, name="q_norm")(q), HeadRMSNorm(is_shared=True, name="k_norm")(k)
+        q, k = Tap(name="q")(q), Tap(name="k")(k)
+
+        if self.w_rank is None:
+            w = linear(num_kv_heads * head_dim, "w_proj", dtype=self.dtype)(x)
+        else:
+            w = linear(self.w_rank, "w_proj_down", dtype=self.dtype)(x)
+            w = linear(num_kv_heads * head_dim, "w_proj_up", dtype=self.dtype)(w)
+        if self.conv_size:
+            w = Tap(name="conv_out")(ShortConv(self.conv_size, name="w_conv")(w, segment_ids))
+        w = Tap(name="w")(unit_directions(heads(w)))
+        beta = linear(num_kv_heads, "beta_proj", dtype=self.dtype, use_bias=True)(x)
+        beta = Tap(name="beta")(jnp.minimum(2 * nn.sigmoid(beta.astype(jnp.float32)), self.beta_max))
+        log_forget = None
+        if self.forget_gate:
+            gate = linear(self.num_heads, "forget_proj", dtype=self.dtype, use_bias=True)(x)
+            log_forget = Tap(name="log_forget")(nn.log_sigmoid(gate.astype(jnp.float32)))
+
+        out = path_attention(
+            q, k, v, w, beta, log_forget,
+            gate_scale=head_dim**-0.5 if self.gate_scale is None else self.gate_scale,
+            prune=self.prune, segment_ids=segment_ids, implementation=self.implementation,
+        )  # fmt: skip
+        return linear(x.shape[-1], "o_proj", dtype=self.dtype)(out.reshape(*x.shape[:2], -1)), None

@@ -1,0 +1,80 @@
+"""ModelConfig: everything that determines a decoder language model, and its FLOP count."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from flax.core import FrozenDict
+
+from path_jax.mixers import MIXERS
+
+REMAT = ("none", "full", "dots")
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Decoder language model.
+
+    Args:
+      vocab_size: V; num_layers: L; embed_dim: D; num_heads: N.
+      num_kv_heads: K, N by default; head_dim: H, D // N by default.
+      mlp_dim: width of the SwiGLU MLP; by default 8 D / 3 rounded up to a multiple of 256.
+      mixer: a name in `path_jax.mixers.MIXERS`; mixer_options: further arguments of that mixer.
+      tie_embeddings: the output projection is the transposed embedding.
+      norm_eps: of the RMS norms around mixer and MLP and of the final norm.
+      scan_layers: one compiled layer scanned over stacked parameters (`layers`) rather than L copies (`layers_0` ...).
+      remat: what the backward pass recomputes: "none", "dots" (all but products with parameters) or "full" (everything
+        inside a layer).
+      dtype: compute dtype; parameters and logits are float32 always.
+      implementation: of the attention kernels; None picks the best.
+    """
+
+    vocab_size: int
+    num_layers: int
+    embed_dim: int
+    num_heads: int
+    num_kv_heads: int | None = None
+    head_dim: int | None = None
+    mlp_dim: int | None = None
+    mixer: str = "path_fox"
+    mixer_options: Mapping[str, Any] = dataclasses.field(default_factory=FrozenDict)
+    tie_embeddings: bool = False
+    norm_eps: float = 1e-6
+    scan_layers: bool = True
+    remat: str = "none"
+    dtype: str = "float32"
+    implementation: str | None = None
+
+    def __post_init__(self):
+        fill = lambda name, value: object.__setattr__(self, name, value)  # frozen: the documented way to set defaults
+        for name in ("vocab_size", "num_layers", "embed_dim", "num_heads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be positive")
+        for name, value, choices in (
+            ("mixer", self.mixer, tuple(MIXERS)),
+            ("remat", self.remat, REMAT),
+            ("dtype", self.dtype, DTYPES),
+        ):
+            if value not in choices:
+                raise ValueError(f"{name}={value!r} is unknown; choose from {', '.join(choices)}")
+        if self.head_dim is None:
+            if self.embed_dim % self.num_heads:
+                raise ValueError(f"embed_dim={self.embed_dim} is not a multiple of num_heads={self.num_heads}")
+            fill("head_dim", self.embed_dim // self.num_heads)
+        fill("num_kv_heads", self.num_kv_heads or self.num_heads)
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}")
+        fill("mlp_dim", self.mlp_dim or -(-self.embed_dim * 8 // 3 // 256) * 256)
+        fill("mixer_options", FrozenDict(self.mixer_options))  # hashable
+
+    def train_flops_per_token(self, num_parameters: int, length: int) -> float:
+        """Model FLOPs of a training step per token, with causal accounting.
+
+        Six per parameter that multiplies (an untied embedding is a look-up), plus twelve N H per visible key and layer,
+        of which there are (T + 1) / 2 on average. What an algorithm adds (PaTH's linear stage, rematerialisation) does
+        not count.
+        """
+        multiplying = num_parameters - (0 if self.tie_embeddings else self.vocab_size * self.embed_dim)
+        attention = 12 * self.num_layers * self.num_heads * self.head_dim * (length + 1) / 2
+        return 6 * multiplying + attention

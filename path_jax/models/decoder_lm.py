@@ -1,0 +1,139 @@
+"""Decoder language model: pre-norm blocks of a mixer and a SwiGLU MLP.
+
+    x = x + mixer(norm(x));  x = x + mlp(norm(x));   logits = head(norm(x))
+"""
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from path_jax.mixers import MIXERS
+from path_jax.models.config import ModelConfig
+from path_jax.nn.layers import INIT_STD, RMSNorm, SwiGLU, default_positions
+from path_jax.nn.taps import Tap
+from path_jax.parallel.sharding import constrain
+
+
+@flax.struct.dataclass
+class LMOutput:
+    """What a model returns; an unused field costs nothing under jit."""
+
+    logits: Float[Array, "B T V"]  # float32
+    hidden: Float[Array, "B T D"]  # after the final norm
+    cache: None = None  # decoding with a cache is not part of this version
+
+
+class Block(nn.Module):
+    """One layer of the model."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T D"], positions: Int[Array, "B T"], segment_ids: Int[Array, "B T"] | None):
+        config = self.config
+        dtype = jnp.dtype(config.dtype)
+        x = Tap(name="resid_pre")(constrain(x, "batch", "length", "embed"))
+        mixer = MIXERS[config.mixer](
+            name="mixer",
+            num_heads=config.num_heads,
+            num_kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            dtype=dtype,
+            implementation=config.implementation,
+            **config.mixer_options,
+        )
+        y = Tap(name="mixer_in")(RMSNorm(config.norm_eps, name="mixer_norm")(x))
+        y, _ = mixer(y, positions=positions, segment_ids=segment_ids)
+        x = x + Tap(name="mixer_out")(y)
+        y = Tap(name="mlp_in")(RMSNorm(config.norm_eps, name="mlp_norm")(x))
+        x = x + Tap(name="mlp_out")(SwiGLU(config.mlp_dim, dtype, name="mlp")(y))
+        return Tap(name="resid_post")(x), None
+
+
+class DecoderLM(nn.Module):
+    """Decoder-only language model.
+
+    Call it as `DecoderLM(config).apply({"params": params}, tokens, positions=None, segment_ids=None)`.
+
+    Args:
+      tokens: int [B, T] in [0, V).
+      positions: int [B, T], used by rotary mixers; counted from the start of each document by default.
+      segment_ids: int [B, T]: packed documents, 0 = padding.
+
+    Returns:
+      LMOutput.
+    """
+
+    config: ModelConfig
+
+    def setup(self):
+        config = self.config
+        dtype = jnp.dtype(config.dtype)
+        block = Block
+        if config.remat != "none":
+            policies = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
+            block = nn.remat(Block, policy=policies[config.remat], prevent_cse=not config.scan_layers)
+        if config.scan_layers:
+            scanned = nn.scan(
+                block,
+                variable_axes={"params": 0, "intermediates": 0},
+                split_rngs={"params": True},
+                in_axes=nn.broadcast,
+                length=config.num_layers,
+            )
+            self.layers = scanned(config)
+        else:
+            self.layers = [block(config) for _ in range(config.num_layers)]
+        self.embed = nn.Embed(
+            config.vocab_size, config.embed_dim, dtype=dtype, embedding_init=nn.initializers.normal(INIT_STD)
+        )
+        self.final_norm = RMSNorm(config.norm_eps)
+        if not config.tie_embeddings:
+            self.lm_head = Unembed(config.vocab_size)
+
+    def __call__(
+        self,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+        cache=None,
+    ) -> LMOutput:
+        if cache is not None:
+            raise NotImplementedError("decoding with a cache is not part of this version; pass the whole sequence")
+        if positions is None:
+            positions = default_positions(tokens, segment_ids)
+        x = self.embed(tokens)
+        if self.config.scan_layers:
+            x, _ = self.layers(x, positions, segment_ids)
+        else:
+            for layer in self.layers:
+                x, _ = layer(x, positions, segment_ids)
+        hidden = self.final_norm(x)
+        return LMOutput(self.unembed(hidden), hidden)
+
+    def unembed(self, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
+        """Float32 logits of (normed) hidden states; a loss applies it chunk by chunk."""
+        if self.config.tie_embeddings:
+            kernel = self.embed.embedding.T.astype(hidden.dtype)
+            return jnp.matmul(hidden, kernel, preferred_element_type=jnp.float32)
+        return self.lm_head(hidden)
+
+
+class Unembed(nn.Module):
+    """Projection to float32 logits."""
+
+    vocab_size: int
+
+    @nn.compact
+    def __call__(self, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
+        kernel = self.param("kernel", nn.initializers.normal(INIT_STD), (hidden.shape[-1], self.vocab_size))
+        return jnp.matmul(hidden, kernel.astype(hidden.dtype), preferred_element_type=jnp.float32)
+
+
+def count_parameters(config: ModelConfig) -> int:
+    """Number of parameters, without allocating any."""
+    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    variables = jax.eval_shape(DecoderLM(config).init, jax.random.key(0), tokens)
+    return sum(x.size for x in jax.tree.leaves(variables["params"]))

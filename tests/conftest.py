@@ -1,0 +1,10 @@
+"""Eight fake CPU devices and run-time shape checks for the whole suite."""
+
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+
+from jaxtyping import install_import_hook
+
+install_import_hook(["pallas_kernels"], "beartype.beartype")
