@@ -81,7 +81,7 @@ def make_inputs(length: int, args) -> dict[str, jax.Array]:
 
 
 def operations():
-    """name -> (function, the inputs it takes)."""
+    """Name -> (function, the inputs it takes)."""
     return {
         "path": (path_attention, ("q", "k", "v", "w", "beta")),
         "path_fox": (path_attention, ("q", "k", "v", "w", "beta", "log_forget")),

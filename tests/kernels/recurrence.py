@@ -208,6 +208,25 @@ def assert_causal(op, inputs, others, options):
         assert not np.array_equal(changed_o[:, t], o[:, t])
 
 
+def assert_prune_keeps_its_bound(op, inputs, cotangents, segment_ids, options, prune, bound):
+    """The mass dropped per row, hence the change of o and lse, is within the bound; gradients follow.
+
+    In float64, where a dropped mass shows however small it is: something must have been dropped.
+    """
+    with enable_x64(True):
+        inputs = cast(inputs, "float64")
+        (o, lse), gradients = run_with_gradients(op, inputs, cotangents, segment_ids, options)
+        (pruned_o, pruned_lse), pruned = run_with_gradients(
+            op, inputs, cotangents, segment_ids, (*options, ("prune", prune))
+        )
+        change = np.max(np.abs(pruned_o - o))
+        assert 0 < change <= 2 * bound * np.max(np.abs(inputs["v"]))
+        assert np.max(np.where(lse > pruned_lse, lse - pruned_lse, 0)) <= -np.log1p(-bound) + 1e-5
+        assert np.max(np.where(lse < pruned_lse, pruned_lse - lse, 0)) <= 1e-5
+        for name, gradient in pruned.items():
+            assert_close(gradient, gradients[name], 10 * bound, f"d{name}")
+
+
 def assert_documents_are_separate(op, inputs, cotangents, segment_ids, options):
     """Outputs and gradients of packed float32 rows equal those of each document alone, and padding is inert."""
     do, dlse = cotangents

@@ -21,7 +21,7 @@ from kernels.recurrence import (
     with_implementation,
 )
 
-from pallas_kernels import path_attention
+from pallas_kernels import forgetting_attention, path_attention
 
 IMPLEMENTATIONS = tuple(name for name in IMPLEMENTATIONS if name != "reference")  # which is the yardstick here
 BETA = {"near 0": (0.0, 0.1), "anywhere": (0.0, 2.0), "near 2": (1.9, 2.0)}
@@ -36,11 +36,11 @@ def rounded_inputs(seed, length, head_dim, beta=(0.0, 2.0), cosine=0.0, gate=Non
     return {name: jnp.asarray(x, "bfloat16" if name in "qkv" else "float32") for name, x in inputs.items()}
 
 
-def in_float64(function, *args):
+def in_float64(function, *args, op=path_attention):
     """The reference implementation of `function` (`run` or `run_with_gradients`) on the same numbers."""
     with enable_x64(True):
         args = jax.tree.map(lambda x: jnp.asarray(x, "float64"), args)
-        return jax.tree.map(np.asarray, function(path_attention, *args, options=with_implementation("reference")))
+        return jax.tree.map(np.asarray, function(op, *args, options=with_implementation("reference")))
 
 
 def report(record_property, errors):
@@ -99,6 +99,24 @@ def test_correlated_directions(cosine, implementation, record_property):
     report(record_property, errors)
     assert all(np.isfinite(error) for error in errors.values()), errors
     assert max(errors.values()) <= TOLERANCE["bfloat16"]["correlated"], errors
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("length", [1024, pytest.param(8192, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("gate", [0.02, 0.5])
+def test_gate_gradient_does_not_drift(gate, length, implementation, record_property):
+    """The gradient is a sum over all later rows that nearly cancels; its error must not grow with the length."""
+    inputs = rounded_inputs(7, length, 64, gate=gate)
+    del inputs["w"], inputs["beta"]
+    do, dlse = random_cotangents(8, inputs)
+    cotangents = jnp.asarray(do, "bfloat16"), jnp.asarray(dlse)
+    _, gradients = run_with_gradients(
+        forgetting_attention, inputs, cotangents, options=with_implementation(implementation)
+    )
+    _, desired = in_float64(run_with_gradients, inputs, cotangents, op=forgetting_attention)
+    error = relative_error(gradients["log_forget"], desired["log_forget"])
+    report(record_property, {"dlog_forget": error})
+    assert error <= TOLERANCE["bfloat16"]["gradient"]
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)

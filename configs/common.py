@@ -1,0 +1,83 @@
+"""What configurations share: argument parsing, model sizes, shrinking for debugging. Loads without jax."""
+
+import ml_collections
+
+# name: (layers, embed_dim, heads). 125m, 360m and 760m are the shapes of the FoX paper; the PaTH paper gives only its
+# parameter counts. 1b has the default shape of flash-linear-attention's PaTH model; 7b that of common 7B models.
+SIZES = {
+    "debug": (2, 64, 2),
+    "quickstart": (3, 192, 3),
+    "125m": (12, 768, 12),
+    "360m": (24, 1024, 16),
+    "760m": (24, 1536, 24),
+    "1b": (24, 2048, 32),
+    "7b": (32, 4096, 32),
+}
+
+
+def parse_arg(arg: str | None, **defaults: str) -> dict[str, str]:
+    """'size=debug,mixer=fox' -> {"size": "debug", "mixer": "fox"}, on top of the defaults.
+
+    Raises:
+      ValueError: for a key without a default or a part without '='.
+    """
+    values = dict(defaults)
+    for part in filter(None, (arg or "").split(",")):
+        key, separator, value = part.partition("=")
+        if not separator or key not in defaults:
+            raise ValueError(f"config argument {part!r} is not one of {', '.join(f'{k}=...' for k in defaults)}")
+        values[key] = value
+    return values
+
+
+def choose(name: str, value: str, choices):
+    """choices[value], or a ValueError that lists them."""
+    if value not in choices:
+        raise ValueError(f"{name}={value} is unknown; choose from {', '.join(choices)}")
+    return choices[value]
+
+
+def model_section(size: str, mixer: str, vocab_size: int, **mixer_options) -> ml_collections.ConfigDict:
+    """The model section for a size."""
+    num_layers, embed_dim, num_heads = choose("size", size, SIZES)
+    section = ml_collections.ConfigDict(
+        dict(
+            vocab_size=vocab_size,
+            num_layers=num_layers,
+            embed_dim=embed_dim,
+            num_heads=num_heads,
+            mixer=mixer,
+            mixer_options=mixer_options,
+            tie_embeddings=False,
+            scan_layers=True,
+            remat="none" if size in ("debug", "quickstart") else "full",
+            dtype="float32" if size in ("debug", "quickstart") else "bfloat16",
+        )
+    )
+    section.num_kv_heads = ml_collections.config_dict.placeholder(int)
+    section.head_dim = ml_collections.config_dict.placeholder(int)
+    section.mlp_dim = ml_collections.config_dict.placeholder(int)
+    section.implementation = ml_collections.config_dict.placeholder(str)
+    return section
+
+
+def token_budget(config: ml_collections.ConfigDict, tokens: float, warmup_tokens: float) -> None:
+    """Sets the number of steps and of warm-up steps from numbers of tokens."""
+    per_step = config.data.batch_size * config.data.sequence_length
+    config.train.num_steps = max(1, round(tokens / per_step))
+    config.optim.warmup_steps = max(1, round(warmup_tokens / per_step))
+
+
+def byte_corpus(config: ml_collections.ConfigDict) -> None:
+    """Bytes of this Python's standard library."""
+    config.model.vocab_size = 257
+    config.data.update(source="stdlib", path="", bos_id=256, vocab_size=257)
+
+
+def shrink_for_debug(config: ml_collections.ConfigDict) -> None:
+    """A run of seconds on a CPU: 20 steps of 8 x 64 bytes of the standard library."""
+    byte_corpus(config)
+    config.data.update(sequence_length=64, batch_size=8)
+    config.train.update(num_steps=20, save_every=10, loss_chunk=0)
+    config.optim.warmup_steps = 2
+    config.evals = ml_collections.ConfigDict(dict(perplexity=dict(max_tokens=2000)))

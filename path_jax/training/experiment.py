@@ -1,0 +1,122 @@
+"""From a resolved configuration to everything a run needs, checked before anything is written."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from path_jax.checkpoints.native import read_config, write_config
+from path_jax.data import Corpus, DataConfig, make_corpus
+from path_jax.models import DecoderLM, ModelConfig
+from path_jax.models.decoder_lm import count_parameters
+from path_jax.parallel.mesh import make_mesh
+from path_jax.training.optim import OptimConfig, make_schedule
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """Settings of the loop.
+
+    Args:
+      num_steps: updates; seed: of the parameters.
+      save_every: steps between checkpoints; keep_checkpoints: how many stay.
+      eval_every: steps between evaluations, 0 for none before the end.
+      accumulate: micro-batches per step; loss_chunk: tokens per row whose logits exist at a time, 0 for all.
+      z_loss: weight of the squared log-partition.
+      tensorboard: also write TensorBoard events (extra [tensorboard]).
+      profile_start, profile_steps: window of steps traced by the profiler into workdir/profile; 0 steps for none.
+    """
+
+    num_steps: int = 1000
+    seed: int = 0
+    save_every: int = 500
+    keep_checkpoints: int = 2
+    eval_every: int = 0
+    accumulate: int = 1
+    loss_chunk: int = 0
+    z_loss: float = 0.0
+    tensorboard: bool = False
+    profile_start: int = 10
+    profile_steps: int = 0
+
+    def __post_init__(self):
+        for name in ("num_steps", "save_every", "keep_checkpoints", "accumulate"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"train.{name}={getattr(self, name)} must be at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """What a configuration describes, checked but not started."""
+
+    config: dict
+    model: DecoderLM
+    data: DataConfig
+    optim: OptimConfig
+    train: TrainConfig
+    mesh: jax.sharding.Mesh
+    corpus: Corpus
+
+
+def make_experiment(config: Mapping[str, Any]) -> Experiment:
+    """Checks a resolved configuration (sections model, data, optim, mesh, train, evals) and reads its corpus.
+
+    Raises:
+      ValueError: for a section, key or value that does not fit, naming it.
+      FileNotFoundError: for a missing corpus.
+    """
+    sections = {"model", "data", "optim", "mesh", "train", "evals"}
+    if set(config) != sections:
+        raise ValueError(f"config has sections {sorted(config)}, expected {sorted(sections)}")
+
+    def build(cls, section):
+        unknown = set(config[section]) - {field.name for field in dataclasses.fields(cls)}
+        if unknown:
+            raise ValueError(f"unknown keys in config.{section}: {', '.join(sorted(unknown))}")
+        return cls(**config[section])
+
+    model_config, data = build(ModelConfig, "model"), build(DataConfig, "data")
+    optim, train = build(OptimConfig, "optim"), build(TrainConfig, "train")
+    mesh = make_mesh(config["mesh"])
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    if data.batch_size % (shards * train.accumulate):
+        raise ValueError(
+            f"data.batch_size={data.batch_size} is not a multiple of {shards} data shards x "
+            f"train.accumulate={train.accumulate}"
+        )
+    make_schedule(optim, train.num_steps)
+    model = DecoderLM(model_config)
+    try:
+        count_parameters(model_config)
+    except TypeError as error:  # a keyword that the mixer does not have
+        raise ValueError(f"config.model.mixer_options: {error}") from error
+    corpus = make_corpus(data)
+    if corpus.vocab_size > model_config.vocab_size:
+        raise ValueError(f"model.vocab_size={model_config.vocab_size} is less than the corpus needs: {corpus.vocab_size}")
+    return Experiment(dict(config), model, data, optim, train, mesh, corpus)
+
+
+def prepare_workdir(workdir: Path, experiment: Experiment) -> Path:
+    """Creates the directory with config.json and the lists of documents, or checks that it belongs to this run."""
+    config = json.loads(json.dumps(experiment.config))
+    if (workdir / "config.json").exists():
+        differences = _differences(read_config(workdir), config)
+        if differences:
+            raise ValueError(f"{workdir} holds another run ({'; '.join(differences)}); choose another --workdir")
+        return workdir
+    workdir.mkdir(parents=True, exist_ok=True)
+    for side in ("train", "heldout"):
+        names = (document.name for document in getattr(experiment.corpus, side))
+        (workdir / f"{side}_files.txt").write_text("".join(name + "\n" for name in names))
+    write_config(workdir, config)  # last: it marks the directory as a run
+    return workdir
+
+
+def _differences(old, new, path="config") -> list[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = sorted(old.keys() | new.keys())
+        return [line for key in keys for line in _differences(old.get(key), new.get(key), f"{path}.{key}")]
+    return [] if old == new else [f"{path} is {old!r} there, {new!r} here"]

@@ -1,0 +1,50 @@
+"""Trains a language model from a configuration, then evaluates it and writes a report.
+
+    python train.py --config=configs/lm_path.py:size=debug --workdir=runs/debug [--config.optim.lr=1e-3 ...]
+
+Run the same command again to resume. The working directory receives config.json, train_files.txt, heldout_files.txt,
+metrics.jsonl, checkpoints/, and at the end summary.json, results.json, report.html and report.png.
+"""
+
+import sys
+import time
+from pathlib import Path
+
+from absl import app, flags
+from ml_collections import config_flags
+from rich.console import Console
+
+from path_jax.evaluation import run_report, runner
+from path_jax.training import loop
+from path_jax.training.experiment import make_experiment
+
+_START = time.perf_counter()
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration file, e.g. configs/lm_path.py:size=debug")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Where the run lives; created if absent, resumed if present.")
+
+
+def main(argv):
+    """Trains, evaluates, reports. Bad input ends in one line and status 1."""
+    if len(argv) > 1:
+        sys.exit(f"unexpected arguments {argv[1:]}; settings are given as --config.section.key=value")
+    try:
+        experiment = make_experiment(_CONFIG.value.to_dict())
+        config, model, corpus = experiment.config, experiment.model, experiment.corpus
+        evaluators = runner.make_evaluators(config["evals"], model, corpus, experiment.data.sequence_length)
+        result = loop.run(experiment, _WORKDIR.value, evaluators)
+        if result.interrupted:
+            print(f"stopped at step {result.step}, saved in {result.checkpoint}; the same command resumes", file=sys.stderr)
+            return
+        results = runner.run(evaluators, result.params)
+        summary = run_report.finish(
+            Path(_WORKDIR.value), config=config, model=model, params=result.params, records=result.records,
+            results=results, checkpoint=result.checkpoint, start=_START,
+        )  # fmt: skip
+        Console().print(run_report.summary_table(summary, results))
+    except (ValueError, FloatingPointError, NotImplementedError, ImportError, OSError) as error:
+        sys.exit(f"{type(error).__name__}: {' '.join(str(error).split())}")
+
+
+if __name__ == "__main__":
+    flags.mark_flags_as_required(["config", "workdir"])
+    app.run(main)
