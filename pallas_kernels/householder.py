@@ -21,7 +21,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Shaped
 
 BLOCK_SIZE = 64  # the UT transform costs O(U) per token and level 0 of the tree is U wide; 64 balances the two
 _SUBSTITUTION_SIZE = 16  # below this, forward substitution; above, block doubling with matmuls
@@ -73,14 +73,14 @@ def unit_lower_inverse(m: Float[Array, "*batch U U"]) -> Float[Array, "*batch U 
 
 
 def _substitute(m):
-    """Inverse of I + M row by row: x_i = e_i - sum_{j<i} M_ij x_j."""
+    """Inverse of I + M row by row: x_i = e_i - sum_{j<i} M_ij x_j; a loop, since unrolled it would dominate compilation."""
+
+    def solve_row(i, x):
+        coefficients = jax.lax.dynamic_index_in_dim(m, i, axis=m.ndim - 2, keepdims=False)
+        return x.at[..., i, :].add(-jnp.sum(coefficients[..., :, None] * x, axis=-2))
+
     size = m.shape[-1]
-    identity = jnp.broadcast_to(jnp.eye(size, dtype=m.dtype), m.shape)
-    rows = [identity[..., 0, :]]
-    for i in range(1, size):
-        done = jnp.stack(rows, axis=-2)
-        rows.append(identity[..., i, :] - jnp.sum(m[..., i, :i, None] * done, axis=-2))
-    return jnp.stack(rows, axis=-2)
+    return jax.lax.fori_loop(1, size, solve_row, jnp.broadcast_to(jnp.eye(size, dtype=m.dtype), m.shape))
 
 
 def _stack_lower(first, below, second):
@@ -234,7 +234,7 @@ def householder_transform(
     return block_transform(group_heads(tiles(q), k.shape[2]), tiles(k), tiles(w), tiles(beta))
 
 
-def to_tiles(x: Float[Array, "B T N *H"], size: int) -> Float[Array, "tiles B N C *H"]:
+def to_tiles(x: Shaped[Array, "B T N *H"], size: int) -> Shaped[Array, "tiles B N C *H"]:
     """Cuts the length axis into tiles of `size` tokens, zero-padded at the end, and puts tile and head axes in front."""
     padding = -x.shape[1] % size
     x = jnp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2))
@@ -242,12 +242,12 @@ def to_tiles(x: Float[Array, "B T N *H"], size: int) -> Float[Array, "tiles B N 
     return jnp.moveaxis(x, (1, 3), (0, 2))
 
 
-def from_tiles(x: Float[Array, "tiles B N C *H"], length: int) -> Float[Array, "B T N *H"]:
+def from_tiles(x: Shaped[Array, "tiles B N C *H"], length: int) -> Shaped[Array, "B T N *H"]:
     """Inverse of to_tiles; keeps the first `length` tokens."""
     x = jnp.moveaxis(x, (0, 2), (1, 3))
     return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :length]
 
 
-def group_heads(x: Float[Array, "tiles B N C *H"], num_kv_heads: int) -> Float[Array, "tiles B K G C *H"]:
+def group_heads(x: Shaped[Array, "tiles B N C *H"], num_kv_heads: int) -> Shaped[Array, "tiles B K G C *H"]:
     """Splits query heads into (key/value head, position in its group)."""
     return x.reshape(*x.shape[:2], num_kv_heads, -1, *x.shape[3:])

@@ -32,7 +32,7 @@ def make_train_step(objective, optimizer: optax.GradientTransformation, accumula
         grads = jax.tree.map(lambda g: g / weight, grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        metrics["grad_norm"] = (optax.global_norm(grads), jnp.ones(()))
+        metrics["grad_norm"] = (optax.tree.norm(grads), jnp.ones(()))
         return TrainState(state.step + 1, params, opt_state, state.rng), metrics
 
     return train_step

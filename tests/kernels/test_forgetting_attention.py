@@ -76,7 +76,6 @@ LADDER = {
     "one query": (dict(length=70, queries=1), {}, None),
     "fewer queries, window": (dict(length=150, queries=70), dict(window=40), None),
     "fewer queries, documents, window": (dict(length=150, queries=97, batch=2), dict(window=20), DOCUMENTS),
-    "one token": (dict(length=1), {}, None),
 }
 
 
@@ -139,7 +138,8 @@ def test_shapes(queries, length, head_dim, v_head_dim, kv_heads):
             forgetting_attention,
             cast(inputs, "float32"),
             random_cotangents(8, inputs),
-            options=with_implementation(implementation),
+            None,
+            with_implementation(implementation),
         )
         for implementation in ("xla", "reference")
     )
@@ -157,7 +157,7 @@ def test_dtypes(dtype, implementation):
     inputs = cast(inputs, dtype) | {"log_forget": gate}
     (o, lse), gradients = jax.eval_shape(
         lambda inputs, cotangents: inspect.unwrap(run_with_gradients)(
-            forgetting_attention, inputs, cotangents, options=with_implementation(implementation)
+            forgetting_attention, inputs, cotangents, None, with_implementation(implementation)
         ),
         inputs,
         random_cotangents(10, inputs),
@@ -169,10 +169,9 @@ def test_dtypes(dtype, implementation):
 # --- properties ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("window", [None, 70])
-def test_causality_is_exact(window):
+def test_causality_is_exact():
     inputs, others = (cast(random_inputs(seed, 200, path=False, gate=0.1), "float32") for seed in (11, 12))
-    assert_causal(forgetting_attention, inputs, others, with_implementation("xla", window=window))
+    assert_causal(forgetting_attention, inputs, others, with_implementation("xla"))
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -193,14 +192,13 @@ def test_all_padding(implementation):
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("queries", [1, 50])
-def test_fewer_queries_are_the_last_rows(queries, implementation):
+def test_fewer_queries_are_the_last_rows(implementation):
     inputs = cast(random_inputs(17, 150, path=False), "float32")
     options = with_implementation(implementation, window=100)
     o, lse = run(forgetting_attention, inputs, None, options)
-    last_o, last_lse = run(forgetting_attention, inputs | {"q": inputs["q"][:, -queries:]}, None, options)
-    assert_close(last_o, o[:, -queries:], TOLERANCE["float32"]["output"], "o")
-    assert_close(last_lse, lse[..., -queries:], TOLERANCE["float32"]["lse"], "lse")
+    last_o, last_lse = run(forgetting_attention, inputs | {"q": inputs["q"][:, -50:]}, None, options)
+    assert_close(last_o, o[:, -50:], TOLERANCE["float32"]["output"], "o")
+    assert_close(last_lse, lse[..., -50:], TOLERANCE["float32"]["lse"], "lse")
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -229,7 +227,7 @@ def test_without_forgetting_it_is_causal_attention(implementation):
 # Sizes, options and documents at T = 1024.
 PRUNE = {
     "own logit small": ({}, {}, None),
-    "documents, gate times scale": ({}, dict(gate_scale=0.5), segment_ids_of([0, 10, 1024])),
+    "documents, gate times scale": ({}, dict(gate_scale=2.0), segment_ids_of([0, 10, 1024])),
     "window, fewer queries": (dict(queries=300), dict(window=900), None),
 }
 
@@ -267,9 +265,8 @@ def test_jit_is_eager(implementation):
 
 
 def test_default_implementation():
-    inputs = cast(random_inputs(20, 129, path=False), "float32")
-    o, lse = run(forgetting_attention, inputs)
-    desired_o, desired_lse = run(forgetting_attention, inputs, None, with_implementation("reference"))
+    o, lse = forgetting_attention(**valid_call(), return_lse=True)
+    desired_o, desired_lse = forgetting_attention(**valid_call(), implementation="reference", return_lse=True)
     assert_close(o, desired_o, TOLERANCE["float32"]["output"], "o")
     assert_close(lse, desired_lse, TOLERANCE["float32"]["lse"], "lse")
 

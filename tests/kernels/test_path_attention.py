@@ -74,9 +74,7 @@ LADDER = {
         dict(scale=0.3, gate_scale=0.3),
         None,
     ),
-    "documents": (dict(length=150, batch=2, gate=None), {}, DOCUMENTS),
     "documents, gate, narrow values": (dict(length=150, batch=2, v_head_dim=8), dict(gate_scale=0.5), DOCUMENTS),
-    "one token": (dict(length=1), {}, None),
 }
 
 
@@ -108,14 +106,15 @@ def test_ladder(case):
 
 def test_many_blocks():
     """1100 tokens: several levels of whatever hierarchy an implementation uses, none of them full."""
-    inputs = random_inputs(4, 1100, heads=2, kv_heads=1, head_dim=8, gate=0.01)
+    inputs = random_inputs(4, 1100, heads=1, kv_heads=1, head_dim=8, gate=0.01)
     with enable_x64(True):
         xla, reference = (
             run_with_gradients(
                 path_attention,
                 cast(inputs, "float64"),
                 random_cotangents(5, inputs),
-                options=with_implementation(implementation),
+                None,
+                with_implementation(implementation),
             )
             for implementation in ("xla", "reference")
         )
@@ -133,7 +132,7 @@ def test_finite_difference(implementation):
 # T, H, Hv, K with N = 4: every value of every axis, lengths around the powers of two that block sizes are made of.
 SHAPES = [
     (1, 20, 16, 2), (2, 8, 48, 1), (63, 64, 16, 4), (64, 100, 48, 1), (65, 20, 48, 2), (127, 100, 16, 2),
-    (129, 8, 48, 4), (300, 64, 16, 2), (1000, 20, 48, 1),
+    (129, 20, 48, 4), (300, 64, 16, 2), (1000, 8, 48, 1),
 ]  # fmt: skip
 
 
@@ -145,7 +144,8 @@ def test_shapes(length, head_dim, v_head_dim, kv_heads):
             path_attention,
             cast(inputs, "float32"),
             random_cotangents(10, inputs),
-            options=with_implementation(implementation),
+            None,
+            with_implementation(implementation),
         )
         for implementation in ("xla", "reference")
     )
@@ -163,7 +163,7 @@ def test_dtypes(dtype, implementation):
     )
     (o, lse), gradients = jax.eval_shape(
         lambda inputs, cotangents: inspect.unwrap(run_with_gradients)(
-            path_attention, inputs, cotangents, options=with_implementation(implementation)
+            path_attention, inputs, cotangents, None, with_implementation(implementation)
         ),
         inputs,
         random_cotangents(12, inputs),
@@ -262,9 +262,8 @@ def test_jit_is_eager(implementation):
 
 
 def test_default_implementation():
-    inputs = cast(random_inputs(20, 129), "float32")
-    o, lse = run(path_attention, inputs)
-    desired_o, desired_lse = run(path_attention, inputs, None, with_implementation("reference"))
+    o, lse = path_attention(**valid_call(), return_lse=True)
+    desired_o, desired_lse = path_attention(**valid_call(), implementation="reference", return_lse=True)
     assert_close(o, desired_o, TOLERANCE["float32"]["output"], "o")
     assert_close(lse, desired_lse, TOLERANCE["float32"]["lse"], "lse")
 

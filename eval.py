@@ -1,0 +1,81 @@
+"""Evaluates a finished run: `python eval.py --checkpoint=RUN_DIR --evals=perplexity,length --output=results.json`.
+
+Evaluators and options are those of the run's configuration unless --evals and --options say otherwise, so that the
+numbers reported at the end of training are reproduced. They also say how much of --data is scored.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from absl import app, flags, logging
+from rich.console import Console
+
+from path_jax import report
+from path_jax.checkpoints.native import read_config, restore_params
+from path_jax.data import Corpus, DataConfig, file_documents, make_corpus, token_file_documents
+from path_jax.evaluation.run_report import length_curve, results_table
+from path_jax.evaluation.runner import make_evaluators, run
+from path_jax.models import DecoderLM, ModelConfig
+
+_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Directory of the run.", required=True)
+_EVALS = flags.DEFINE_list("evals", None, "Evaluators; those of the run's configuration by default.")
+_OUTPUT = flags.DEFINE_string("output", "results.json", "File for {evaluator: {metric: number}}.")
+_DATA = flags.DEFINE_string("data", None, "Text to evaluate on (file or directory) instead of the run's held-out side.")
+_OPTIONS = flags.DEFINE_string("options", "{}", 'JSON that overrides options: {"perplexity": {"stride": 64}}.')
+
+
+def _load_corpus(data: DataConfig, names) -> Corpus:
+    if not _DATA.value:
+        return make_corpus(data)
+    is_tokens = data.source == "tokens"
+    heldout = token_file_documents(_DATA.value, data.bos_id) if is_tokens else file_documents(_DATA.value)
+    # The run's own text may be gone by now, and only the byte model learns from it.
+    train = make_corpus(data).train if "byte_baselines" in names else ()
+    return Corpus(train, heldout, 1 + max(int(document.tokens.max()) for document in heldout))
+
+
+def _evaluate() -> None:
+    output = Path(_OUTPUT.value)
+    if output.is_dir():
+        raise ValueError(f"--output={output} is a directory; name a file")
+    try:
+        overrides = {name: dict(options) for name, options in json.loads(_OPTIONS.value).items()}
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"--options={_OPTIONS.value} must be JSON: {{evaluator: {{option: value}}}}") from error
+    config = read_config(_CHECKPOINT.value)
+    section = config["evals"]
+    names = list(section) if _EVALS.value is None else _EVALS.value
+    section |= {name: section.get(name, {}) | options for name, options in overrides.items()}
+    model, data = DecoderLM(ModelConfig(**config["model"])), DataConfig(**config["data"])
+    evaluators = make_evaluators(section, model, _load_corpus(data, names), data.sequence_length, names=names)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    params = restore_params(_CHECKPOINT.value, shapes)
+    output.parent.mkdir(parents=True, exist_ok=True)
+
+    results = run(evaluators, params, on_progress=lambda name: print(f"evaluating {name}", file=sys.stderr, flush=True))
+    temporary = output.with_name(output.name + ".tmp")
+    temporary.write_text(json.dumps(results, indent=2) + "\n")
+    os.replace(temporary, output)
+    Console().print(results_table(results))
+    if curve := length_curve(config, results.get("length", {})):
+        try:
+            report.write_image(output.with_suffix(".png"), [curve])
+        except ImportError as error:
+            print(f"no figure: {error}", file=sys.stderr)
+
+
+def main(_) -> None:
+    """Prints one line and exits with status 1 for input that cannot work."""
+    logging.set_verbosity(logging.WARNING)  # absl shows INFO, of which checkpoint reading writes a screenful
+    try:
+        _evaluate()
+    except (ValueError, OSError, NotImplementedError) as error:  # FileNotFoundError is an OSError
+        sys.exit(f"eval.py: {error}")
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,158 @@
+"""What one training run came to: a report directory for reading, and tables for the terminal."""
+
+import json
+import math
+import os
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from rich.table import Table
+
+from path_jax import report
+from path_jax.data import DataConfig
+from path_jax.models import ModelConfig
+
+# Keys of a run's summary, in the order of the table.
+_SUMMARY_LABELS = {
+    "parameters": "parameters",
+    "train_bits_per_byte": "train bits/byte",
+    "heldout_bits_per_byte": "held-out bits/byte",
+    "gzip_bits_per_byte": "gzip -9 bits/byte",
+    "order3_bits_per_byte": "order-3 byte model bits/byte",
+    "tokens_per_second": "tokens/s",
+    "seconds": "seconds",
+    "checkpoint": "checkpoint",
+}
+
+
+def write_run_report(
+    workdir: str | os.PathLike[str],
+    *,
+    config: Mapping[str, Any],
+    summary: Mapping[str, Any],
+    results: Mapping[str, Mapping[str, float]],
+    metrics: Sequence[Mapping[str, float]],
+    sample: str,
+) -> None:
+    """Writes report.html, report.png and a CSV file per figure into the run's directory.
+
+    Figures are the loss over training, the loss by position beyond the training length, and the mean gates by layer and
+    head; one without numbers is left out.
+
+    Args:
+      workdir: Directory of the run.
+      config: Resolved configuration, with the sections of a config file.
+      summary: See `summary_rows`.
+      results: {evaluator: {metric: value}} of the finished model.
+      metrics: Records of the run in order; those with `step` and `loss` (nats) are drawn, over `tokens` if present.
+      sample: Text that the model generated.
+
+    Raises:
+      ImportError: matplotlib is missing.
+    """
+    figures = [_loss_curve(config, results, metrics), length_curve(config, results.get("length", {}))]
+    gates = results.get("gates", {})
+    figures += [_gate_map(gates, "forget_gate", "forget gate"), _gate_map(gates, "beta", "beta")]
+    report.write_report(
+        workdir,
+        title=f"Training run: {ModelConfig(**config['model']).mixer}",
+        summary=summary_rows(summary, results),
+        figures=[figure for figure in figures if figure is not None],
+        texts={"Sample": sample, "Configuration": json.dumps(config, indent=2, sort_keys=True, default=str)},
+    )
+
+
+def summary_rows(summary: Mapping[str, Any], results: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
+    """Returns {label: value} of a run, in order.
+
+    Args:
+      summary: Any of parameters, train_bits_per_byte, tokens_per_second, seconds, checkpoint; other keys follow under
+        their own names.
+      results: Held-out and baseline numbers, where they were evaluated.
+    """
+    values = dict(summary)
+    if "perplexity" in results:
+        values["heldout_bits_per_byte"] = results["perplexity"]["bits_per_byte"]
+    values |= results.get("byte_baselines", {})
+    ordered = [key for key in _SUMMARY_LABELS if key in values] + [key for key in values if key not in _SUMMARY_LABELS]
+    return {_SUMMARY_LABELS.get(key, key): values[key] for key in ordered}
+
+
+def summary_table(summary: Mapping[str, Any], results: Mapping[str, Mapping[str, float]]) -> Table:
+    """Returns `summary_rows` as a table for the terminal."""
+    table = Table(show_header=False)
+    table.add_column()
+    table.add_column(overflow="fold")  # a path must not be cut short
+    for label, value in summary_rows(summary, results).items():
+        table.add_row(label, report.format_value(value))
+    return table
+
+
+def results_table(results: Mapping[str, Mapping[str, float]]) -> Table:
+    """Returns {evaluator: {metric: value}} as a table; metrics of many heads (`beta/layer0/head0`) become one mean."""
+    table = Table("evaluator", "metric", "value")
+    for name, metrics in results.items():
+        groups: dict[str, list[float]] = {}
+        for metric, value in metrics.items():
+            groups.setdefault(metric.split("/")[0], []).append(value)
+        for metric, values in groups.items():
+            label = metric if metric in metrics else f"{metric} (mean of {len(values)})"
+            table.add_row(name, label, report.format_value(float(np.mean(values))))
+    return table
+
+
+def length_curve(config: Mapping[str, Any], length: Mapping[str, float]) -> report.Curve | None:
+    """Returns the figure of a `length` evaluation, or None without one."""
+    points = {int(match[1]): value for key, value in length.items() if (match := re.fullmatch(r"loss_at_(\d+)", key))}
+    if not points:
+        return None
+    unit, scale = _unit(config)
+    options = config["evals"].get("length") or {}
+    train_length = options.get("train_length") or DataConfig(**config["data"]).sequence_length
+    return report.Curve(
+        "Loss by position",
+        "position [tokens], end of range",
+        f"held-out loss [{unit}]",
+        {"held-out": (sorted(points), [points[x] * scale for x in sorted(points)])},
+        vertical_lines={f"training length {train_length}": train_length},
+    )
+
+
+def _unit(config: Mapping[str, Any]) -> tuple[str, float]:
+    """Returns the unit of losses and what nats are multiplied with: bits per byte only where tokens are bytes."""
+    is_bytes = DataConfig(**config["data"]).source != "tokens"
+    return ("bits/byte", 1 / math.log(2)) if is_bytes else ("nats/token", 1.0)
+
+
+def _loss_curve(config, results, metrics) -> report.Curve | None:
+    records = [record for record in metrics if "loss" in record]
+    if not records:
+        return None
+    unit, scale = _unit(config)
+    x_name = "tokens" if all("tokens" in record for record in records) else "step"
+    x = [record[x_name] for record in records]
+    series = {"train": (x, [record["loss"] * scale for record in records])}
+    levels = {}
+    if "perplexity" in results:
+        levels["held-out, at the end"] = results["perplexity"]["loss"] * scale
+    if "byte_baselines" in results:
+        levels["gzip -9"] = results["byte_baselines"]["gzip_bits_per_byte"]
+        levels["order-3 byte model"] = results["byte_baselines"]["order3_bits_per_byte"]
+    series |= {name: ([x[0], x[-1]], [level, level]) for name, level in levels.items()}
+    return report.Curve("Loss over training", f"training {x_name}", f"loss [{unit}]", series)
+
+
+def _gate_map(gates: Mapping[str, float], name: str, label: str) -> report.HeatMap | None:
+    cells = {
+        (int(match[1]), int(match[2])): value
+        for key, value in gates.items()
+        if (match := re.fullmatch(rf"{name}/layer(\d+)/head(\d+)", key))
+    }
+    if not cells:
+        return None
+    values = np.full(np.max(list(cells), axis=0) + 1, np.nan)
+    for cell, value in cells.items():
+        values[cell] = value
+    return report.HeatMap(f"Mean {label}", "head", "layer", values, f"mean {label}")

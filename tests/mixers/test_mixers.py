@@ -1,0 +1,236 @@
+"""The contract of a mixer, over every entry of MIXERS and every option of the two classes."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from path_jax.mixers import MIXERS, ForgettingAttention, PathAttention
+from path_jax.mixers.attention import timescale_biases
+from path_jax.mixers.path_attention import unit_directions
+from path_jax.nn.taps import is_tap
+
+WIDTH, HEADS, KV_HEADS, HEAD_DIM = 32, 4, 2, 8
+LENGTHS = (9, 15)  # of the two documents that are packed into a row
+LENGTH = sum(LENGTHS)
+
+fox = functools.partial(ForgettingAttention, gate_timescales=(2.0, 20.0))
+pro = functools.partial(ForgettingAttention, kv_shift=True, output_norm=True, output_gate=True)
+VARIANTS = MIXERS | {
+    "path_fox, full w, no conv, clipped beta": functools.partial(
+        PathAttention, forget_gate=True, w_rank=None, conv_size=0, beta_max=1.9
+    ),
+    "path_fox, qk_norm, gate times scale": functools.partial(
+        PathAttention, forget_gate=True, qk_norm=True, gate_scale=None
+    ),
+    "fox pro": functools.partial(pro, qk_norm="head"),
+    "fox pro, shared norm, rotary": functools.partial(pro, qk_norm="shared", rope_theta=100.0),
+    "fox, bias_only": functools.partial(fox, gate="bias_only"),
+    "fox, fixed, window": functools.partial(fox, gate="fixed", window=5),
+}
+# Max abs error of outputs, whose standard deviation is about 1.
+TOLERANCE = {"float32": 1e-5, "bfloat16": 0.1}
+
+
+def normal(seed, *shape):
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def inputs(seed=0, batch=2, length=LENGTH):
+    return normal(seed, batch, length, WIDTH)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Mixer:
+    """A small instance of a variant with random parameters."""
+
+    make: functools.partial  # the entry of VARIANTS
+    module: PathAttention | ForgettingAttention
+    params: dict
+    apply: object  # compiled
+
+    def __call__(self, x):
+        return self.apply(self.params, x)[0]
+
+
+def apply_to(module):
+    return jax.jit(lambda params, x, **kwargs: module.apply({"params": params}, x, **kwargs))
+
+
+@functools.cache
+def build(make, **options):
+    """Kernels are N(0, 0.2), about 1 / sqrt(WIDTH), biases too; norm scales are N(1, 0.2)."""
+    module = make(num_heads=HEADS, num_kv_heads=KV_HEADS, implementation="xla", **options)
+    shapes = jax.eval_shape(module.init, jax.random.key(0), inputs())["params"]
+    seeds = iter(range(100))
+    is_scale = lambda path: jax.tree_util.keystr(path).endswith("['scale']")
+    params = jax.tree_util.tree_map_with_path(
+        lambda path, leaf: jnp.asarray(is_scale(path) + 0.2 * normal(next(seeds), *leaf.shape)), shapes
+    )
+    return Mixer(make, module, params, apply_to(module))
+
+
+@pytest.fixture(scope="module", params=VARIANTS)
+def mixer(request):
+    return build(VARIANTS[request.param])
+
+
+def assert_close(actual, expected, tolerance=TOLERANCE["float32"]):
+    assert np.abs(np.asarray(actual, np.float32) - np.asarray(expected, np.float32)).max() <= tolerance
+
+
+def test_shape_and_dtype(mixer):
+    x = inputs()
+    out, cache = jax.eval_shape(mixer.module.apply, {"params": mixer.params}, x)
+    assert (out.shape, out.dtype, cache) == (x.shape, jnp.float32, None)
+    assert 0.3 < np.std(mixer(x)) < 3  # what the absolute tolerances assume
+
+
+def test_causality(mixer):
+    """Outputs do not change by a single bit when later tokens do."""
+    x, changed, cut = inputs(), inputs(), 11
+    changed[:, cut:] = inputs(1)[:, cut:]
+    before, after = np.asarray(mixer(x)), np.asarray(mixer(changed))
+    np.testing.assert_array_equal(before[:, :cut], after[:, :cut])
+    assert (before[:, cut:] != after[:, cut:]).any(-1).all()
+
+
+def swap(rows):
+    """[first ...], [second ...] -> [first second], [second first]."""
+    first, second = rows[0, : LENGTHS[0]], rows[1, : LENGTHS[1]]
+    return np.stack([np.concatenate([first, second]), np.concatenate([second, first])])
+
+
+@functools.cache
+def packed_output_and_gradients(mixer):
+    """Of two documents in one row, in both orders; gradients with respect to parameters and inputs."""
+    segment_ids = np.stack([np.repeat([1, 2], LENGTHS), np.repeat([1, 2], LENGTHS[::-1])])
+
+    def loss(params, x):
+        out, _ = mixer.module.apply({"params": params}, x, segment_ids=jnp.asarray(segment_ids))
+        return jnp.mean(inputs(1) * out), out
+
+    (_, out), gradients = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))(mixer.params, swap(inputs()))
+    return out, gradients
+
+
+def test_packed_documents_equal_separate_ones(mixer):
+    """Alone means with arbitrary tokens after it: these cannot matter, by causality."""
+    alone = np.asarray(mixer(inputs()))
+    assert_close(packed_output_and_gradients(mixer)[0], swap(alone))
+
+
+def test_gradients_reach_every_parameter(mixer):
+    for path, gradient in jax.tree_util.tree_leaves_with_path(packed_output_and_gradients(mixer)[1]):
+        assert np.isfinite(gradient).all(), path
+        assert np.abs(gradient).max() > 1e-6, path
+
+
+def test_bfloat16_compute(mixer):
+    low, x = build(mixer.make, dtype=jnp.bfloat16), inputs()
+    shapes = jax.eval_shape(low.module.init, jax.random.key(0), x)["params"]
+    assert {leaf.dtype for leaf in jax.tree.leaves(shapes)} == {np.dtype("float32")}
+    out = low(x.astype(jnp.bfloat16))
+    assert out.dtype == jnp.bfloat16
+    assert_close(out, mixer(x), TOLERANCE["bfloat16"])
+
+
+def test_reference_equals_xla(mixer):
+    reference = mixer.module.clone(implementation="reference")
+    assert_close(apply_to(reference)(mixer.params, inputs())[0], mixer(inputs()))
+
+
+def test_cache_is_refused(mixer):
+    with pytest.raises(NotImplementedError, match="cache"):
+        mixer.module.apply({"params": mixer.params}, inputs(), cache=())
+
+
+@pytest.mark.parametrize("name", ["path_fox", "fox pro"])
+def test_grouped_heads_share_keys(name):
+    """Fewer key heads compute what as many key heads as queries do whose parameters are repeated in each group."""
+    grouped, x = build(VARIANTS[name]), inputs()
+    full = grouped.module.clone(num_kv_heads=HEADS)
+    shapes = jax.eval_shape(full.init, jax.random.key(0), x)["params"]
+
+    def repeat(leaf, expected):
+        if leaf.shape == expected.shape:
+            return leaf
+        heads = leaf.reshape(*leaf.shape[:-1], KV_HEADS, -1)
+        return jnp.repeat(heads, HEADS // KV_HEADS, axis=-2).reshape(expected.shape)
+
+    assert_close(apply_to(full)(jax.tree.map(repeat, grouped.params, shapes), x)[0], grouped(x))
+
+
+def test_head_dim_is_free():
+    for make in (MIXERS["path_fox"], VARIANTS["fox pro"]):
+        module, x = make(num_heads=HEADS, head_dim=5), inputs()
+        (out, _), variables = jax.eval_shape(module.init_with_output, jax.random.key(0), x)
+        assert out.shape == x.shape
+        assert variables["params"]["q_proj"]["kernel"].shape == (WIDTH, HEADS * 5)
+
+
+def taps(module, params, x):
+    options = dict(capture_intermediates=is_tap, mutable="intermediates")
+    state = jax.jit(lambda params, x: module.apply({"params": params}, x, **options)[1])(params, x)
+    return {name: np.asarray(value["__call__"][0]) for name, value in state["intermediates"].items()}
+
+
+@pytest.mark.parametrize("beta_max", [2.0, 1.9])
+def test_path_reflections(beta_max):
+    """Directions have norm 1 (less the epsilon under the root) and strengths lie in [0, beta_max], both in float32."""
+    mixer = build(MIXERS["path_fox"], beta_max=beta_max, dtype=jnp.bfloat16)
+    beta_proj = mixer.params["beta_proj"] | {"bias": jnp.array([20.0, 0.0])}
+    values = taps(mixer.module, mixer.params | {"beta_proj": beta_proj}, inputs().astype(jnp.bfloat16))
+    assert set(values) == {"q", "k", "v", "w", "beta", "log_forget", "conv_out"}
+    w, beta, log_forget = values["w"], values["beta"], values["log_forget"]
+    assert w.shape == (2, LENGTH, KV_HEADS, HEAD_DIM) and beta.shape == (2, LENGTH, KV_HEADS)
+    assert log_forget.shape == (2, LENGTH, HEADS) and log_forget.max() <= 0
+    assert {w.dtype, beta.dtype, log_forget.dtype} == {np.dtype("float32")}
+    np.testing.assert_allclose(np.linalg.norm(w, axis=-1), 1, atol=1e-4)
+    assert beta.min() >= 0 and beta.max() == np.float32(beta_max)
+    assert beta[..., 1].min() < 0.9 and beta[..., 1].max() > 1.1  # depends on the token
+
+
+def test_directions_of_zeros_are_finite():
+    gradient = jax.grad(lambda w: jnp.sum(unit_directions(w)))(jnp.zeros((1, 4, 2, HEAD_DIM)))
+    assert np.isfinite(gradient).all()
+
+
+def test_timescale_biases():
+    biases = timescale_biases(3, 4.0, 400.0)
+    np.testing.assert_allclose(jax.nn.log_sigmoid(biases), [-1 / 4, -1 / 40, -1 / 400], rtol=1e-4)
+
+
+def test_constant_gates_start_from_the_timescales():
+    expected, x = timescale_biases(HEADS, 2.0, 20.0), inputs()
+    learned = jax.jit(fox(num_heads=HEADS, gate="bias_only").init)(jax.random.key(0), x)["params"]
+    np.testing.assert_array_equal(learned["forget_bias"], expected)
+    fixed = build(fox, gate="fixed")
+    assert not [name for name in fixed.params if "forget" in name]
+    np.testing.assert_allclose(taps(fixed.module, fixed.params, x)["log_forget"][1, 3], jax.nn.log_sigmoid(expected), rtol=1e-6)
+
+
+def test_a_window_hides_what_lies_before_it():
+    mixer = build(fox, gate="none", window=5)  # a gate would round its sums differently
+    x, changed = inputs(), inputs()
+    changed[:, 3] = 0
+    differs = (np.asarray(mixer(x)) != np.asarray(mixer(changed))).any(-1)
+    np.testing.assert_array_equal(differs, [[3 <= t < 3 + 5 for t in range(LENGTH)]] * 2)
+
+
+def test_explicit_positions_reach_the_rotary_embedding():
+    """Shifting all positions changes nothing, stretching them does."""
+    mixer, x = build(MIXERS["rope"]), inputs()
+    at = lambda positions: mixer.apply(mixer.params, x, positions=positions)[0]
+    positions = np.tile(np.arange(LENGTH), (2, 1))
+    assert_close(at(positions + 100), mixer(x), 1e-4)
+    assert np.abs(at(3 * positions) - mixer(x)).max() > 0.01
+
+
+@pytest.mark.parametrize("option", ["gate", "qk_norm"])
+def test_unknown_names_are_errors(option):
+    with pytest.raises(ValueError, match=f"{option}='sideways' is unknown; choose from"):
+        ForgettingAttention(num_heads=2, **{option: "sideways"})

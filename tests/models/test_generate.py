@@ -1,0 +1,108 @@
+"""Generation against the plain forward pass."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from path_jax.models import DecoderLM, ModelConfig
+from path_jax.models.generate import _decode, generate, restrict
+
+VOCAB = 23
+
+
+@pytest.fixture(scope="module")
+def trained():
+    return make_model("rope")
+
+
+def make_model(mixer):
+    model = DecoderLM(ModelConfig(VOCAB, num_layers=2, embed_dim=32, num_heads=2, mlp_dim=64, mixer=mixer))
+    params = jax.jit(model.init)(jax.random.key(0), np.zeros((1, 4), np.int32))["params"]
+    return model, jax.tree.map(lambda x: 5 * x, params)  # distinct enough that no two logits tie
+
+
+PROMPT = np.random.default_rng(0).integers(0, VOCAB, (3, 5))
+
+
+@pytest.mark.parametrize("mixer", ["path_fox", "rope"])
+def test_greedy_is_the_argmax_of_every_step(mixer):
+    model, params = make_model(mixer)
+    out = generate(model, params, PROMPT, max_new_tokens=7)
+    logits = jax.jit(model.apply)({"params": params}, out).logits  # causal: row t is the forward pass over out[: t + 1]
+    np.testing.assert_array_equal(out[:, :5], PROMPT)
+    np.testing.assert_array_equal(out[:, 5:], jnp.argmax(logits[:, 4:-1], axis=-1))
+    assert out.dtype == jnp.int32
+
+
+def test_a_prompt_without_rows_is_one_row(trained):
+    one, many = (generate(*trained, prompt, max_new_tokens=7) for prompt in (PROMPT[1], PROMPT))
+    np.testing.assert_array_equal(one, many[1:2])
+
+
+def test_sampling_is_reproducible_and_in_range(trained):
+    model, params = trained
+    sample = lambda seed, **options: np.asarray(
+        generate(model, params, PROMPT, max_new_tokens=12, temperature=1.0, rng=jax.random.key(seed), **options)
+    )
+    first = sample(1)
+    np.testing.assert_array_equal(first, sample(1))
+    assert (first != sample(2)).any()
+    assert first.min() >= 0 and first.max() < VOCAB
+    greedy = generate(model, params, PROMPT, max_new_tokens=12)
+    np.testing.assert_array_equal(sample(3, top_k=1), greedy)
+    np.testing.assert_array_equal(sample(3, top_p=1e-6), greedy)
+
+
+def test_another_key_does_not_compile_again(trained):
+    model, params = trained
+    sample = lambda seed: generate(model, params, PROMPT, max_new_tokens=4, temperature=0.7, rng=jax.random.key(seed))
+    sample(0)
+    size = _decode._cache_size()
+    sample(1)
+    assert _decode._cache_size() == size
+
+
+def test_rows_are_filled_after_their_stop_token(trained):
+    model, params = trained
+    free = np.asarray(generate(model, params, PROMPT, max_new_tokens=8))
+    stop = int(free[0, 7])
+    out = np.asarray(generate(model, params, PROMPT, max_new_tokens=8, stop_token=stop))
+    for row, plain in zip(out, free):
+        ends = np.flatnonzero(plain[5:] == stop)
+        end = 5 + ends[0] if len(ends) else 13
+        np.testing.assert_array_equal(row[:end], plain[:end])
+        assert (row[end:] == stop).all()
+
+
+def test_restrict_keeps_the_likeliest():
+    logits = jnp.log(jnp.array([[0.4, 0.3, 0.2, 0.1], [0.1, 0.2, 0.3, 0.4]]))
+    kept = lambda **options: np.isfinite(restrict(logits, options.get("top_k"), options.get("top_p")))[0].tolist()
+    assert kept(top_k=2) == [True, True, False, False]
+    assert kept(top_k=9) == [True] * 4
+    assert kept(top_p=0.65) == [True, True, False, False]
+    assert kept(top_p=0.75) == [True, True, True, False]
+    assert kept(top_p=1.0) == [True] * 4
+    assert kept(top_k=3, top_p=0.4) == [True, False, False, False]  # 0.4 / 0.9 of what top-k left
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens=0"),
+        ({"temperature": -0.5}, "temperature=-0.5"),
+        ({"temperature": float("nan")}, "temperature=nan"),
+        ({"temperature": 1.0}, "needs rng"),
+        ({"top_k": 0}, "top_k=0"),
+        ({"top_p": 0.0}, "top_p=0.0"),
+        ({"top_p": 1.5}, "top_p=1.5"),
+        ({"stop_token": VOCAB}, "stop_token=23"),
+        ({"prompt": np.zeros((2, 0), int)}, r"prompt is int64 \[2, 0\]"),
+        ({"prompt": np.zeros(3)}, "prompt is float64"),
+        ({"prompt": np.array([VOCAB])}, "prompt has ids 23"),
+    ],
+)
+def test_bad_arguments(trained, options, message):
+    arguments = {"prompt": PROMPT, "max_new_tokens": 2} | options
+    with pytest.raises(ValueError, match=message):
+        generate(*trained, **arguments)

@@ -1,0 +1,58 @@
+"""Every configuration builds at every size, and its debug variant trains."""
+
+import math
+
+import pytest
+
+from configs import common, lm_baselines, lm_path
+from path_jax.data import DataConfig
+from path_jax.models import ModelConfig
+from path_jax.models.decoder_lm import count_parameters
+from path_jax.training import loop
+from path_jax.training.experiment import TrainConfig, make_experiment
+from path_jax.training.optim import OptimConfig, make_schedule
+
+VARIANTS = [(lm_path, mixer) for mixer in ("path_fox", "path")] + [
+    (lm_baselines, mixer) for mixer in ("fox", "fox_pro", "rope", "rope_pro", "nope")
+]
+IDS = [mixer for _, mixer in VARIANTS]
+
+
+@pytest.mark.parametrize("module, mixer", VARIANTS, ids=IDS)
+def test_debug_variant_trains_two_steps(module, mixer, tmp_path):
+    config = module.get_config(f"size=debug,mixer={mixer}")
+    config.train.num_steps = 2
+    result = loop.run(make_experiment(config.to_dict()), tmp_path)
+    assert [record["step"] for record in result.records] == [1, 2]
+    assert all(math.isfinite(record["loss"]) and 4 < record["loss"] < 7 for record in result.records)
+
+
+@pytest.mark.parametrize("module, mixer", VARIANTS, ids=IDS)
+@pytest.mark.parametrize("size", [size for size in common.SIZES if size not in ("1b", "7b")])
+def test_sections_fit_their_dataclasses(module, mixer, size):
+    config = module.get_config(f"size={size},mixer={mixer}")
+    data = config.data.to_dict()
+    if not data["path"] and data["source"] != "stdlib":
+        data["path"] = "somewhere"
+    DataConfig(**data)
+    train = TrainConfig(**config.train)
+    make_schedule(OptimConfig(**config.optim), train.num_steps)
+    ModelConfig(**config.model.to_dict())
+
+
+def test_sizes_have_the_parameters_their_names_say():
+    for size, expected in (("125m", 125e6), ("360m", 360e6), ("760m", 760e6)):
+        for module, mixer in ((lm_path, "path_fox"), (lm_baselines, "fox_pro")):
+            config = ModelConfig(**module.get_config(f"size={size},mixer={mixer}").model.to_dict())
+            # The names count the matrices of the layers and one of the two vocabulary matrices.
+            counted = count_parameters(config) - config.vocab_size * config.embed_dim
+            assert 0.85 * expected < counted < 1.25 * expected, (size, mixer, counted)
+
+
+def test_bad_arguments_name_the_choices():
+    with pytest.raises(ValueError, match="size=huge is unknown; choose from debug"):
+        lm_path.get_config("size=huge")
+    with pytest.raises(ValueError, match="'depth=3' is not one of"):
+        lm_path.get_config("depth=3")
+    with pytest.raises(ValueError, match="mixer=mamba is unknown"):
+        lm_baselines.get_config("mixer=mamba")

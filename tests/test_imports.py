@@ -1,0 +1,94 @@
+"""The layout's import table, enforced on the source."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+# What each part may import of ours, besides itself. A key covers the modules below it; the longest key wins.
+ALLOWED = {
+    "pallas_kernels": [],
+    "path_jax.metrics": [],
+    "path_jax.report": [],
+    "path_jax.parallel": ["pallas_kernels"],
+    "path_jax.nn": ["path_jax.parallel.sharding"],
+    "path_jax.mixers": ["path_jax.nn", "path_jax.parallel", "pallas_kernels"],
+    "path_jax.models": ["path_jax.mixers", "path_jax.nn", "path_jax.parallel"],
+    "path_jax.data": [],
+    "path_jax.checkpoints": ["path_jax.models", "path_jax.parallel"],
+    "path_jax.training": [f"path_jax.{p}" for p in ("models", "data", "parallel", "checkpoints", "metrics")],
+    "path_jax.evaluation": [f"path_jax.{p}" for p in ("models", "data", "parallel", "checkpoints", "metrics", "nn.taps")],
+    "path_jax.evaluation.run_report": ["path_jax"],
+    "path_jax.nnx": [],
+    "configs": ["configs"],
+    "train": ["path_jax"],
+    "eval": ["path_jax"],
+}
+# Third-party packages that only the named parts may import.
+CONFINED = {
+    "matplotlib": ["path_jax.report"],
+    "tensorflow_datasets": ["path_jax.data.text"],
+    "tensorboardX": ["path_jax.training.progress"],
+    "flax": ["path_jax"],
+    "orbax": ["path_jax.checkpoints"],
+    "optax": ["path_jax.training"],
+}
+SOURCES = sorted(
+    path
+    for pattern in ("pallas_kernels/**/*.py", "path_jax/**/*.py", "configs/*.py", "*.py")
+    for path in ROOT.glob(pattern)
+)
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports(path: Path):
+    """Modules a file imports, at any depth, `from a import b` as both a and a.b."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} uses a relative import"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def is_within(module: str, part: str) -> bool:
+    return module == part or module.startswith(part + ".")
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=module_name)
+def test_only_allowed_imports(path):
+    module = module_name(path)
+    if module == "path_jax":
+        return
+    part = max((key for key in ALLOWED if is_within(module, key)), key=len)
+    for imported in imports(path):
+        if imported.split(".")[0] in ("pallas_kernels", "path_jax", "configs"):
+            assert any(is_within(imported, allowed) for allowed in [part, *ALLOWED[part]]), f"{module} imports {imported}"
+        for package, homes in CONFINED.items():
+            if is_within(imported, package):
+                assert any(is_within(module, home) for home in homes), f"{module} imports {imported}"
+
+
+def test_flax_nnx_has_one_importer():
+    importers = [module_name(path) for path in SOURCES if any(is_within(name, "flax.nnx") for name in imports(path))]
+    assert importers == ["path_jax.nnx"]
+
+
+def test_configs_load_without_jax_and_kernels_without_the_rest():
+    program = (
+        "import sys, configs.lm_path, configs.lm_baselines\n"
+        "configs.lm_path.get_config('size=760m')\n"
+        "assert 'jax' not in sys.modules\n"
+        "import pallas_kernels\n"
+        "assert not {'path_jax', 'flax', 'optax', 'matplotlib'} & set(sys.modules)\n"
+        "import path_jax\n"
+        "assert 'matplotlib' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)
