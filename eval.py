@@ -5,7 +5,6 @@ numbers reported at the end of training are reproduced. They also say how much o
 """
 
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -57,9 +56,7 @@ def _evaluate() -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
 
     results = run(evaluators, params, on_progress=lambda name: print(f"evaluating {name}", file=sys.stderr, flush=True))
-    temporary = output.with_name(output.name + ".tmp")
-    temporary.write_text(json.dumps(results, indent=2) + "\n")
-    os.replace(temporary, output)
+    report.write_file(output, (json.dumps(results, indent=2) + "\n").encode())
     Console().print(results_table(results))
     if curve := length_curve(config, results.get("length", {})):
         try:

@@ -10,7 +10,7 @@ import sys
 import time
 from pathlib import Path
 
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_flags
 from rich.console import Console
 
@@ -27,6 +27,7 @@ def main(argv):
     """Trains, evaluates, reports. Bad input ends in one line and status 1."""
     if len(argv) > 1:
         sys.exit(f"unexpected arguments {argv[1:]}; settings are given as --config.section.key=value")
+    logging.set_verbosity(logging.WARNING)  # Orbax writes a screenful of INFO per checkpoint
     try:
         experiment = make_experiment(_CONFIG.value.to_dict())
         config, model, corpus = experiment.config, experiment.model, experiment.corpus
@@ -35,12 +36,13 @@ def main(argv):
         if result.interrupted:
             print(f"stopped at step {result.step}, saved in {result.checkpoint}; the same command resumes", file=sys.stderr)
             return
-        results = runner.run(evaluators, result.params)
+        announce = lambda name: print(f"evaluating {name}", file=sys.stderr, flush=True)
+        results = runner.run(evaluators, result.params, on_progress=announce)
         summary = run_report.finish(
             Path(_WORKDIR.value), config=config, model=model, params=result.params, records=result.records,
             results=results, checkpoint=result.checkpoint, start=_START,
         )  # fmt: skip
-        Console().print(run_report.summary_table(summary, results))
+        Console().print(run_report.summary_table(summary))
     except (ValueError, FloatingPointError, NotImplementedError, ImportError, OSError) as error:
         sys.exit(f"{type(error).__name__}: {' '.join(str(error).split())}")
 

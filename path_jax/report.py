@@ -102,9 +102,9 @@ def write_report(
     if figures:
         write_image(directory / "report.png", figures)
     for name, figure in zip(_file_names(figures), figures):
-        _write(directory / f"{name}.csv", _csv(figure).encode())
+        write_file(directory / f"{name}.csv", _csv(figure).encode())
     page = directory / "report.html"
-    _write(page, _html(title, summary, figures, images, texts).encode())
+    write_file(page, _html(title, summary, figures, images, texts).encode())
     return page
 
 
@@ -114,7 +114,7 @@ def write_image(path: str | os.PathLike[str], figures: Sequence[Figure]) -> None
     Raises:
       ImportError: matplotlib is missing.
     """
-    _write(Path(path), _png(figures))
+    write_file(Path(path), _png(figures))
 
 
 def format_value(value: Any) -> str:
@@ -246,7 +246,7 @@ def _html(
     return "\n".join([*lines, "</body>", "</html>", ""])
 
 
-def _write(path: Path, data: bytes) -> None:
+def write_file(path: Path, data: bytes) -> None:
     """Replaces a file in one step: a reader, or a crash, never sees half of it."""
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_bytes(data)

@@ -4,15 +4,21 @@ import json
 import math
 import os
 import re
+import statistics
+import sys
+import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from rich.table import Table
 
 from path_jax import report
-from path_jax.data import DataConfig
-from path_jax.models import ModelConfig
+from path_jax.data import ByteTokenizer, DataConfig
+from path_jax.models import DecoderLM, ModelConfig
+from path_jax.models.generate import generate
 
 # Keys of a run's summary, in the order of the table.
 _SUMMARY_LABELS = {
@@ -25,6 +31,63 @@ _SUMMARY_LABELS = {
     "seconds": "seconds",
     "checkpoint": "checkpoint",
 }
+
+
+def finish(
+    workdir: Path,
+    *,
+    config: Mapping[str, Any],
+    model: DecoderLM,
+    params: Mapping[str, Any],
+    records: Sequence[Mapping[str, float]],
+    results: Mapping[str, Mapping[str, float]],
+    checkpoint: Path,
+    start: float,
+) -> dict[str, Any]:
+    """Writes results.json, summary.json and, where matplotlib is installed, the report of a finished run.
+
+    Args:
+      workdir: Directory of the run.
+      config, model, params: What was trained.
+      records: Records of metrics.jsonl.
+      results: {evaluator: {metric: value}} of the finished model.
+      checkpoint: Where its last checkpoint lies.
+      start: `time.perf_counter()` when the job started.
+
+    Returns:
+      The summary. Its training loss is the mean over the last twentieth of the steps, its speed that of the median step.
+    """
+    last = records[-max(1, len(records) // 20) :]
+    unit = "bits_per_byte" if _is_bytes(config) else "bits_per_token"
+    sample = _sample(model, params) if _is_bytes(config) else ""
+    tokens_per_step = config["data"]["batch_size"] * config["data"]["sequence_length"]
+    summary = {
+        "parameters": sum(x.size for x in jax.tree.leaves(params)),
+        f"train_{unit}": statistics.fmean(record["loss"] for record in last) / math.log(2),
+        "tokens_per_second": tokens_per_step / statistics.median(record["step_seconds"] for record in records),
+    }
+    if "perplexity" in results:
+        summary[f"heldout_{unit}"] = results["perplexity"]["bits_per_byte"]
+    summary |= results.get("byte_baselines", {})
+    summary |= {"seconds": time.perf_counter() - start, "checkpoint": str(checkpoint)}
+    for name, content in (("results.json", results), ("summary.json", summary)):
+        report.write_file(workdir / name, (json.dumps(content, indent=2) + "\n").encode())
+    try:
+        write_run_report(
+            workdir, config=config, summary=summary, results=results, metrics=records, sample=sample
+        )
+    except ImportError as error:
+        print(f"no report.html: {error}", file=sys.stderr)
+    return summary
+
+
+def _sample(model: DecoderLM, params: Mapping[str, Any], prompt: str = "def ", size: int = 240) -> str:
+    """Text that a byte-level model writes, always the same."""
+    tokenizer = ByteTokenizer()
+    tokens = np.concatenate([[tokenizer.bos_id], tokenizer.encode(prompt)])
+    key = jax.random.key(0)
+    text = generate(model, params, tokens, max_new_tokens=size, temperature=0.7, top_p=0.95, rng=key)
+    return tokenizer.decode(np.asarray(text[0]))
 
 
 def write_run_report(
@@ -58,34 +121,24 @@ def write_run_report(
     report.write_report(
         workdir,
         title=f"Training run: {ModelConfig(**config['model']).mixer}",
-        summary=summary_rows(summary, results),
+        summary=summary_rows(summary),
         figures=[figure for figure in figures if figure is not None],
         texts={"Sample": sample, "Configuration": json.dumps(config, indent=2, sort_keys=True, default=str)},
     )
 
 
-def summary_rows(summary: Mapping[str, Any], results: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
-    """Returns {label: value} of a run, in order.
-
-    Args:
-      summary: Any of parameters, train_bits_per_byte, tokens_per_second, seconds, checkpoint; other keys follow under
-        their own names.
-      results: Held-out and baseline numbers, where they were evaluated.
-    """
-    values = dict(summary)
-    if "perplexity" in results:
-        values["heldout_bits_per_byte"] = results["perplexity"]["bits_per_byte"]
-    values |= results.get("byte_baselines", {})
-    ordered = [key for key in _SUMMARY_LABELS if key in values] + [key for key in values if key not in _SUMMARY_LABELS]
-    return {_SUMMARY_LABELS.get(key, key): values[key] for key in ordered}
+def summary_rows(summary: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns {label: value} of a run's summary, in order; unknown keys follow under their own names."""
+    ordered = [key for key in _SUMMARY_LABELS if key in summary] + [key for key in summary if key not in _SUMMARY_LABELS]
+    return {_SUMMARY_LABELS.get(key, key): summary[key] for key in ordered}
 
 
-def summary_table(summary: Mapping[str, Any], results: Mapping[str, Mapping[str, float]]) -> Table:
+def summary_table(summary: Mapping[str, Any]) -> Table:
     """Returns `summary_rows` as a table for the terminal."""
     table = Table(show_header=False)
     table.add_column()
     table.add_column(overflow="fold")  # a path must not be cut short
-    for label, value in summary_rows(summary, results).items():
+    for label, value in summary_rows(summary).items():
         table.add_row(label, report.format_value(value))
     return table
 
@@ -122,8 +175,11 @@ def length_curve(config: Mapping[str, Any], length: Mapping[str, float]) -> repo
 
 def _unit(config: Mapping[str, Any]) -> tuple[str, float]:
     """Returns the unit of losses and what nats are multiplied with: bits per byte only where tokens are bytes."""
-    is_bytes = DataConfig(**config["data"]).source != "tokens"
-    return ("bits/byte", 1 / math.log(2)) if is_bytes else ("nats/token", 1.0)
+    return ("bits/byte", 1 / math.log(2)) if _is_bytes(config) else ("nats/token", 1.0)
+
+
+def _is_bytes(config: Mapping[str, Any]) -> bool:
+    return DataConfig(**config["data"]).source != "tokens"
 
 
 def _loss_curve(config, results, metrics) -> report.Curve | None:

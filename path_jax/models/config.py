@@ -66,7 +66,9 @@ class ModelConfig:
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}")
         fill("mlp_dim", self.mlp_dim or -(-self.embed_dim * 8 // 3 // 256) * 256)
-        fill("mixer_options", FrozenDict(self.mixer_options))  # hashable
+        # Hashable, and the same whether written in Python or read back from JSON.
+        options = {key: tuple(x) if isinstance(x, list) else x for key, x in self.mixer_options.items()}
+        fill("mixer_options", FrozenDict(options))
 
     def train_flops_per_token(self, num_parameters: int, length: int) -> float:
         """Model FLOPs of a training step per token, with causal accounting.

@@ -122,11 +122,11 @@ def test_run_report_without_results(tmp_path):
 
 
 def test_tables(results):
-    rows = summary_rows({"checkpoint": "/x", "parameters": 5, "device": "cpu"}, results)
-    assert list(rows)[:4] == ["parameters", "held-out bits/byte", "gzip -9 bits/byte", "order-3 byte model bits/byte"]
-    assert list(rows)[-2:] == ["checkpoint", "device"]
-    assert rows["held-out bits/byte"] == results["perplexity"]["bits_per_byte"]
-    assert summary_table({"parameters": 5}, results).row_count == 4
+    rows = summary_rows({"checkpoint": "/x", "heldout_bits_per_byte": 2.5, "parameters": 5, "device": "cpu"})
+    assert list(rows.items()) == [
+        ("parameters", 5), ("held-out bits/byte", 2.5), ("checkpoint", "/x"), ("device", "cpu")
+    ]  # fmt: skip
+    assert summary_table({"parameters": 5, "seconds": 1.0}).row_count == 2
     labels = list(results_table(results).columns[1].cells)
     assert "beta (mean of 2)" in labels and "bits_per_byte" in labels
     json.dumps(results, allow_nan=False)
