@@ -23,6 +23,16 @@ _CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration file, e
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the run lives; created if absent, resumed if present.")
 
 
+def parse_flags(argv):
+    """Ends in one line for flags, and for configuration keys and arguments, that do not exist."""
+    try:
+        return flags.FLAGS(argv)
+    except (flags.Error, AttributeError, TypeError) as error:
+        reason = str(error).strip()
+        # A configuration file that raises arrives as a traceback in the text of the flag's error.
+        sys.exit(f"train.py: {reason.splitlines()[-1] if 'Traceback' in reason else ' '.join(reason.split())}")
+
+
 def main(argv):
     """Trains, evaluates, reports. Bad input ends in one line and status 1."""
     if len(argv) > 1:
@@ -44,9 +54,9 @@ def main(argv):
         )  # fmt: skip
         Console().print(run_report.summary_table(summary))
     except (ValueError, FloatingPointError, NotImplementedError, ImportError, OSError) as error:
-        sys.exit(f"{type(error).__name__}: {' '.join(str(error).split())}")
+        sys.exit(f"train.py: {' '.join(str(error).split())}")
 
 
 if __name__ == "__main__":
     flags.mark_flags_as_required(["config", "workdir"])
-    app.run(main)
+    app.run(main, flags_parser=parse_flags)

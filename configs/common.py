@@ -51,7 +51,7 @@ def model_section(size: str, mixer: str, vocab_size: int, **mixer_options) -> ml
             tie_embeddings=False,
             scan_layers=True,
             remat="none" if size in ("debug", "quickstart") else "full",
-            dtype="float32" if size in ("debug", "quickstart") else "bfloat16",
+            dtype="float32" if size == "debug" else "bfloat16",
         )
     )
     section.num_kv_heads = ml_collections.config_dict.placeholder(int)

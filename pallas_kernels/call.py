@@ -74,6 +74,8 @@ def make_call(
         if segment_ids.shape != (batch, kv_length):
             raise ValueError(f"segment_ids {segment_ids.shape} must be {(batch, kv_length)}")
         _check_not_negative("segment_ids", segment_ids)
+        if log_forget is not None:  # padding lies in no path: its gate changes nothing and gets gradient 0, not rounding
+            log_forget = jnp.where(segment_ids[:, :, None] > 0, log_forget, 0)
     if window is not None and (not isinstance(window, numbers.Integral) or window < 1):
         raise ValueError(f"{window=} must be a positive integer or None")
     return AttentionCall(

@@ -142,7 +142,7 @@ def frame_tree_levels(num_tiles: int) -> tuple[tuple[np.ndarray, np.ndarray], ..
     (bit l clear, and a right sibling exists) the quadratic stage reads."""
     levels = []
     for level in range((num_tiles - 1).bit_length()):
-        tiles = np.arange(num_tiles)
+        tiles = np.arange(num_tiles, dtype=np.int32)  # int64 would be another constant with x64 enabled
         right = (tiles >> level) & 1 == 1
         has_sibling = ((tiles >> level) + 1) << level < num_tiles
         levels.append((tiles[right], tiles[~right & has_sibling]))

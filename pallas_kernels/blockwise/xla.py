@@ -222,7 +222,8 @@ def backward(operands: Operands, settings: Settings, out, lse, dout, dlse):
     """Cotangents (Frames, value, log_forget) of `forward`, from its results and their cotangents.
 
     One pass, five products per tile: with `Delta_i = sum(dout_i * out_i) - dlse_i`, p = exp(s - lse) and
-    ds = p * (dout v^T - Delta). Rows of ds sum to dlse, so the gate's query side needs no reduction.
+    ds = p * (dout v^T - Delta). Rows of ds sum to dlse exactly, but the gate's gradient sums them as computed: only then
+    do their rounding errors cancel those of the columns instead of piling up over the sequence.
     """
     frames, value = operands.frames, operands.value
     num_queries, num_keys = len(frames.local), len(value)
@@ -246,44 +247,38 @@ def backward(operands: Operands, settings: Settings, out, lse, dout, dlse):
     logits = _diagonal_logits(operands, settings, gate, offset)
     dlocal_value, dlogits = gradients(logits, lse, delta, dout, value[offset:])
     dvalue = jnp.zeros(value.shape, accumulator).at[offset:].set(dlocal_value)
-    dgate_key = jnp.zeros((num_keys, *lse.shape[1:]), accumulator).at[offset:].set(dlogits.sum(-2))
-    carry = (
-        jnp.zeros(frames.query.shape, accumulator),
-        jnp.zeros(frames.key.shape, accumulator),
-        dvalue,
-        dgate_key,
-    )
+    carry = (jnp.zeros(frames.query.shape, accumulator), jnp.zeros(frames.key.shape, accumulator), dvalue)
+    if gate is not None:
+        column_sums = jnp.zeros((num_keys, *lse.shape[1:]), accumulator).at[offset:].set(dlogits.sum(-2))
+        carry += (column_sums, dlogits.sum(-1))
 
     def rows(pair):
-        _, b, query_row, key_row = pair["index"]
-        return query_row, key_row, b, b
+        a, b, query_row, key_row = pair["index"]
+        return query_row, key_row, b, b, a  # of the carry; the last two exist with a gate only
 
     def read(carry, pair):
         return tuple(x[row] for x, row in zip(carry, rows(pair)))
 
     def compute(slices, pair):
-        dquery, dkey, dvalue, dgate_key = slices
         a, b = pair["index"][:2]
         logits, query, key = _pair_logits(operands, settings, gate, pair, offset)
         dtile_value, dlogits = gradients(logits, lse[a], delta[a], dout[a], value[b])
-        dtile_gate = dlogits.sum(-2)
-        dlogits = (settings.scale * dlogits).astype(query.dtype)
-        return (
-            dquery + einsum("bkgqc,bkch->bkgqh", dlogits, key),
-            dkey + einsum("bkgqc,bkgqh->bkch", dlogits, query),
-            dvalue + dtile_value,
-            dgate_key + dtile_gate,
-        )
+        scaled = (settings.scale * dlogits).astype(query.dtype)
+        dquery = einsum("bkgqc,bkch->bkgqh", scaled, key)
+        dkey = einsum("bkgqc,bkgqh->bkch", scaled, query)
+        tile = (dquery, dkey, dtile_value, dlogits.sum(-2), dlogits.sum(-1))
+        return tuple(x + d for x, d in zip(slices, tile))
 
     def write(carry, pair, slices):
         return tuple(x.at[row].set(s) for x, row, s in zip(carry, rows(pair), slices))
 
     carry = _scan_pairs(operands, settings, pairs, offset, between, carry, (read, compute, write))
-    dquery, dkey, dvalue, dgate_key = carry
+    dquery, dkey, dvalue, *gate_sums = carry
     dframes = Frames(dquery, dkey, settings.scale * dlogits)
     dlog_forget = None
-    if operands.log_forget is not None:
-        dcumulative = (-dgate_key).at[offset:].add(dlse)
+    if gate_sums:
+        column_sums, row_sums = gate_sums
+        dcumulative = (-column_sums).at[offset:].add(row_sums)
         # reverse cumulative sum over the whole sequence: tiles x C
         merged = jnp.moveaxis(dcumulative, 0, -2)
         flat = merged.reshape(*merged.shape[:-2], -1)

@@ -12,6 +12,8 @@ import grain
 import jax
 import orbax.checkpoint as ocp
 
+from path_jax.parallel.sharding import path_name
+
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be read."""
@@ -56,7 +58,7 @@ def _reading(path: Path, read):
     """Turns what a damaged checkpoint raises into one line that says what to do."""
     try:
         return read()
-    except (ValueError, KeyError, OSError, TypeError) as error:
+    except Exception as error:  # Orbax and TensorStore raise bare Exceptions for damaged arrays
         reason = str(error).strip().split("\n")[0][:200]
         raise CheckpointError(
             f"checkpoint {path} cannot be read ({type(error).__name__}: {reason}); if it is damaged, delete that "
@@ -110,4 +112,19 @@ def restore_params(workdir: Path, abstract_params, step: int | None = None):
         partial_restore=True,
     )
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        stored = _reading(path, lambda: checkpointer.metadata(path).item_metadata["params"])
+        _check_same_parameters(path, stored, abstract_params)
         return _reading(path, lambda: checkpointer.restore(path, args=arguments))["params"]
+
+
+def _check_same_parameters(path: Path, stored, expected) -> None:
+    """Raises CheckpointError listing what only one side has."""
+    stored, expected = (
+        {f"{path_name(key)} {tuple(x.shape)}" for key, x in jax.tree_util.tree_leaves_with_path(tree)}
+        for tree in (stored, expected)
+    )
+    if stored != expected:
+        raise CheckpointError(
+            f"checkpoint {path} holds other parameters; only there: {', '.join(sorted(stored - expected)) or 'none'}; "
+            f"only in the model: {', '.join(sorted(expected - stored)) or 'none'}"
+        )

@@ -85,15 +85,16 @@ class ForgettingAttention(nn.Module):
     ):
         if cache is not None:
             raise NotImplementedError("decoding with a cache is not part of this version; pass the whole sequence")
+        dtype = x.dtype if self.dtype is None else self.dtype
         num_kv_heads = self.num_kv_heads or self.num_heads
         head_dim = self.head_dim or x.shape[-1] // self.num_heads
         heads = lambda y: y.reshape(*y.shape[:2], -1, head_dim)
 
-        q = heads(linear(self.num_heads * head_dim, "q_proj", dtype=self.dtype)(x))
-        k = heads(linear(num_kv_heads * head_dim, "k_proj", dtype=self.dtype)(x))
-        v = heads(linear(num_kv_heads * head_dim, "v_proj", dtype=self.dtype)(x))
+        q = heads(linear(self.num_heads * head_dim, "q_proj", dtype=dtype)(x))
+        k = heads(linear(num_kv_heads * head_dim, "k_proj", dtype=dtype)(x))
+        v = heads(linear(num_kv_heads * head_dim, "v_proj", dtype=dtype)(x))
         if self.kv_shift:
-            amount = lambda name: nn.sigmoid(linear(num_kv_heads, name, dtype=self.dtype)(x).astype(jnp.float32))
+            amount = lambda name: nn.sigmoid(linear(num_kv_heads, name, dtype=dtype)(x).astype(jnp.float32))
             k = token_shift(k, amount("k_shift_proj"), segment_ids)
             v = token_shift(v, amount("v_shift_proj"), segment_ids)
         if self.qk_norm != "none":
@@ -106,7 +107,7 @@ class ForgettingAttention(nn.Module):
         q, k, v = Tap(name="q")(q), Tap(name="k")(k), Tap(name="v")(v)
 
         out = forgetting_attention(
-            q, k, v, self._log_forget(x),
+            q, k, v, self._log_forget(x, dtype),
             gate_scale=self.gate_scale, window=self.window, prune=self.prune, segment_ids=segment_ids,
             implementation=self.implementation,
         )  # fmt: skip
@@ -114,14 +115,14 @@ class ForgettingAttention(nn.Module):
             out = HeadRMSNorm(is_shared=False, eps=self.norm_eps, name="output_norm")(out)
         out = out.reshape(*x.shape[:2], -1)
         if self.output_gate:
-            out *= nn.sigmoid(linear(out.shape[-1], "output_gate_proj", dtype=self.dtype)(x))
-        return linear(x.shape[-1], "o_proj", dtype=self.dtype)(out), None
+            out *= nn.sigmoid(linear(out.shape[-1], "output_gate_proj", dtype=dtype)(x))
+        return linear(x.shape[-1], "o_proj", dtype=dtype)(out), None
 
-    def _log_forget(self, x):
+    def _log_forget(self, x, dtype):
         if self.gate == "none":
             return None
         if self.gate == "full":
-            gate = linear(self.num_heads, "forget_proj", dtype=self.dtype, use_bias=True)(x)
+            gate = linear(self.num_heads, "forget_proj", dtype=dtype, use_bias=True)(x)
         else:
             biases = timescale_biases(self.num_heads, *self.gate_timescales)
             if self.gate == "bias_only":

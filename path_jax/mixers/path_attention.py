@@ -50,6 +50,13 @@ class PathAttention(nn.Module):
     dtype: jnp.dtype | None = None
     implementation: str | None = None
 
+    def __post_init__(self):
+        if not 0 < self.beta_max <= 2:
+            raise ValueError(f"beta_max={self.beta_max} must be in (0, 2]")
+        if self.conv_size < 0 or (self.w_rank is not None and self.w_rank < 1):
+            raise ValueError(f"conv_size={self.conv_size} must be >= 0 and w_rank={self.w_rank} None or >= 1")
+        super().__post_init__()
+
     @nn.compact
     def __call__(
         self,
@@ -62,30 +69,31 @@ class PathAttention(nn.Module):
         del positions  # position is what the reflections encode
         if cache is not None:
             raise NotImplementedError("decoding with a cache is not part of this version; pass the whole sequence")
+        dtype = x.dtype if self.dtype is None else self.dtype
         num_kv_heads = self.num_kv_heads or self.num_heads
         head_dim = self.head_dim or x.shape[-1] // self.num_heads
         heads = lambda y: y.reshape(*y.shape[:2], -1, head_dim)
 
-        q = heads(linear(self.num_heads * head_dim, "q_proj", dtype=self.dtype)(x))
-        k = heads(linear(num_kv_heads * head_dim, "k_proj", dtype=self.dtype)(x))
-        v = Tap(name="v")(heads(linear(num_kv_heads * head_dim, "v_proj", dtype=self.dtype)(x)))
+        q = heads(linear(self.num_heads * head_dim, "q_proj", dtype=dtype)(x))
+        k = heads(linear(num_kv_heads * head_dim, "k_proj", dtype=dtype)(x))
+        v = Tap(name="v")(heads(linear(num_kv_heads * head_dim, "v_proj", dtype=dtype)(x)))
         if self.qk_norm:
             q, k = HeadRMSNorm(is_shared=True, name="q_norm")(q), HeadRMSNorm(is_shared=True, name="k_norm")(k)
         q, k = Tap(name="q")(q), Tap(name="k")(k)
 
         if self.w_rank is None:
-            w = linear(num_kv_heads * head_dim, "w_proj", dtype=self.dtype)(x)
+            w = linear(num_kv_heads * head_dim, "w_proj", dtype=dtype)(x)
         else:
-            w = linear(self.w_rank, "w_proj_down", dtype=self.dtype)(x)
-            w = linear(num_kv_heads * head_dim, "w_proj_up", dtype=self.dtype)(w)
+            w = linear(self.w_rank, "w_proj_down", dtype=dtype)(x)
+            w = linear(num_kv_heads * head_dim, "w_proj_up", dtype=dtype)(w)
         if self.conv_size:
             w = Tap(name="conv_out")(ShortConv(self.conv_size, name="w_conv")(w, segment_ids))
         w = Tap(name="w")(unit_directions(heads(w)))
-        beta = linear(num_kv_heads, "beta_proj", dtype=self.dtype, use_bias=True)(x)
+        beta = linear(num_kv_heads, "beta_proj", dtype=dtype, use_bias=True)(x)
         beta = Tap(name="beta")(jnp.minimum(2 * nn.sigmoid(beta.astype(jnp.float32)), self.beta_max))
         log_forget = None
         if self.forget_gate:
-            gate = linear(self.num_heads, "forget_proj", dtype=self.dtype, use_bias=True)(x)
+            gate = linear(self.num_heads, "forget_proj", dtype=dtype, use_bias=True)(x)
             log_forget = Tap(name="log_forget")(nn.log_sigmoid(gate.astype(jnp.float32)))
 
         out = path_attention(
@@ -93,4 +101,4 @@ class PathAttention(nn.Module):
             gate_scale=head_dim**-0.5 if self.gate_scale is None else self.gate_scale,
             prune=self.prune, segment_ids=segment_ids, implementation=self.implementation,
         )  # fmt: skip
-        return linear(x.shape[-1], "o_proj", dtype=self.dtype)(out.reshape(*x.shape[:2], -1)), None
+        return linear(x.shape[-1], "o_proj", dtype=dtype)(out.reshape(*x.shape[:2], -1)), None

@@ -32,7 +32,7 @@ VARIANTS = MIXERS | {
     "fox, fixed, window": functools.partial(fox, gate="fixed", window=5),
 }
 # Max abs error of outputs, whose standard deviation is about 1.
-TOLERANCE = {"float32": 1e-5, "bfloat16": 0.1}
+TOLERANCE = {"float32": 1e-5, "bfloat16": 0.03}
 
 
 def normal(seed, *shape):
@@ -210,7 +210,8 @@ def test_constant_gates_start_from_the_timescales():
     np.testing.assert_array_equal(learned["forget_bias"], expected)
     fixed = build(fox, gate="fixed")
     assert not [name for name in fixed.params if "forget" in name]
-    np.testing.assert_allclose(taps(fixed.module, fixed.params, x)["log_forget"][1, 3], jax.nn.log_sigmoid(expected), rtol=1e-6)
+    log_forget = taps(fixed.module, fixed.params, x)["log_forget"]
+    np.testing.assert_allclose(log_forget[1, 3], jax.nn.log_sigmoid(expected), rtol=1e-6)
 
 
 def test_a_window_hides_what_lies_before_it():

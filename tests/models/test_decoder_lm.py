@@ -77,7 +77,10 @@ def test_scanned_equals_unrolled():
 
 @pytest.mark.parametrize("remat, scan_layers", [("full", True), ("dots", True), ("full", False)])
 def test_remat_changes_nothing(remat, scan_layers):
-    assert_same_function(tiny(mixer="nope", remat=remat, scan_layers=scan_layers), tiny(mixer="nope"))
+    config, plain = tiny(mixer="nope", remat=remat, scan_layers=scan_layers), tiny(mixer="nope")
+    assert_same_function(config, plain)
+    program = lambda config: str(jax.make_jaxpr(forward(config))(shapes_of(config), TOKENS))
+    assert "prevent_cse" in program(config) and "prevent_cse" not in program(plain)
 
 
 def test_stacking_round_trip():
