@@ -44,7 +44,10 @@ def main(argv):
         evaluators = runner.make_evaluators(config["evals"], model, corpus, experiment.data.sequence_length)
         result = loop.run(experiment, _WORKDIR.value, evaluators)
         if result.interrupted:
-            print(f"stopped at step {result.step}, saved in {result.checkpoint}; the same command resumes", file=sys.stderr)
+            print(
+                f"stopped at step {result.step}, saved in {result.checkpoint}; the same command resumes",
+                file=sys.stderr,
+            )
             return
         announce = lambda name: print(f"evaluating {name}", file=sys.stderr, flush=True)
         results = runner.run(evaluators, result.params, on_progress=announce)

@@ -8,11 +8,11 @@ Argument: size = debug | quickstart | 125m | 360m | 760m, mixer = fox | fox_pro 
 quickstart trains the baseline on the same bytes with the same recipe as lm_path.py's quickstart, for comparison.
 
 The sizes from 125m on follow Lin et al., "Forgetting Transformer" (arXiv 2503.02130) and its published configurations:
-sequences of 16384 tokens, 32 in a batch, AdamW (0.9, 0.95), weight decay 0.1, clipping at 1, warm-up over 256 Mi tokens,
-cosine to 0, GPT-2's vocabulary of 50257; 2.7, 7.5 and 48.3 billion tokens. Peak learning rates there are 2e-3 (FoX Pro),
-1e-3 (FoX LLaMA, Transformer Pro, 760m) and 5e-4 (Transformer LLaMA, 760m); NoPE and the smaller LLaMA blocks take the
-760m values. Transformer Pro and LLaMA have half the heads, of twice the size, and rotary base 5e5. Pro blocks add key and
-value shift, QK norm, output norm and output gate, with a narrower MLP (3.5 instead of 4 times the width).
+sequences of 16384 tokens, 32 in a batch, AdamW (0.9, 0.95), weight decay 0.1, clipping at 1, warm-up over 256 Mi
+tokens, cosine to 0, GPT-2's vocabulary of 50257; 2.7, 7.5 and 48.3 billion tokens. Peak learning rates there are 2e-3
+(FoX Pro), 1e-3 (FoX LLaMA, Transformer Pro, 760m) and 5e-4 (Transformer LLaMA, 760m); NoPE and the smaller LLaMA blocks
+take the 760m values. Transformer Pro and LLaMA have half the heads, of twice the size, and rotary base 5e5. Pro blocks
+add key and value shift, QK norm, output norm and output gate, with a narrower MLP (3.5 instead of 4 times the width).
 """
 
 import ml_collections

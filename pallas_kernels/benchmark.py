@@ -4,8 +4,8 @@
     python -m pallas_kernels.benchmark --tables=time --lengths=2048,4096 --dtype=bfloat16
 
 Tables:
-  time    forward + backward (gradients of every input) of our operations over `jax.nn.dot_product_attention(is_causal=True)`
-          with its three gradients; the best of several runs each.
+  time    forward + backward (gradients of every input) of our operations over those of
+          `jax.nn.dot_product_attention(is_causal=True)`; the best of several runs each.
   memory  temporary memory of the compiled forward + backward, and its growth when T doubles.
   macs    multiply-accumulates executed (dot_general times loop trips, counted on the jaxpr) over causal flash attention
           on 128 x 128 tiles: two products per tile forward, seven forward + backward.
@@ -162,7 +162,9 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     numbers = lambda text: tuple(int(n) for n in text.split(","))
     parser.add_argument("--tables", default="time,memory,macs", help="comma-separated: time, memory, macs")
-    parser.add_argument("--lengths", type=numbers, help="comma-separated sequence lengths; each table has its own default")
+    parser.add_argument(
+        "--lengths", type=numbers, help="comma-separated sequence lengths; each table has its own default"
+    )
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--heads", type=int, default=4, help="query heads N")
     parser.add_argument("--kv-heads", type=int, default=None, help="key/value heads K; N by default")

@@ -54,7 +54,9 @@ def make_call(
     if v.shape[:3] != k.shape[:3]:
         raise ValueError(f"k {k.shape} and v {v.shape} must agree in batch, length and heads")
     if num_kv_heads == 0 or num_heads % num_kv_heads:
-        raise ValueError(f"{num_heads} query heads (q {q.shape}) are not a multiple of {num_kv_heads} key heads (k {k.shape})")
+        raise ValueError(
+            f"{num_heads} query heads (q {q.shape}) are not a multiple of {num_kv_heads} key heads (k {k.shape})"
+        )
     if 0 in (batch, length, head_dim, v.shape[3]):
         raise ValueError(f"empty axis in q {q.shape} or v {v.shape}")
     if length > kv_length:
@@ -70,11 +72,14 @@ def make_call(
         _check_array("log_forget", log_forget, "B S N", (batch, kv_length, num_heads))
     if segment_ids is not None:
         if not hasattr(segment_ids, "dtype") or not jnp.issubdtype(segment_ids.dtype, jnp.integer):
-            raise ValueError(f"segment_ids must be an integer array, got {getattr(segment_ids, 'dtype', type(segment_ids))}")
+            raise ValueError(
+                f"segment_ids must be an integer array, got {getattr(segment_ids, 'dtype', type(segment_ids))}"
+            )
         if segment_ids.shape != (batch, kv_length):
             raise ValueError(f"segment_ids {segment_ids.shape} must be {(batch, kv_length)}")
         _check_not_negative("segment_ids", segment_ids)
-        if log_forget is not None:  # padding lies in no path: its gate changes nothing and gets gradient 0, not rounding
+        if log_forget is not None:
+            # Padding lies in no path, so its gate changes nothing; its gradient shall be 0 and not rounding.
             log_forget = jnp.where(segment_ids[:, :, None] > 0, log_forget, 0)
     if window is not None and (not isinstance(window, numbers.Integral) or window < 1):
         raise ValueError(f"{window=} must be a positive integer or None")

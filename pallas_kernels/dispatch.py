@@ -62,7 +62,9 @@ def tile_size(length: int) -> int:
     smallest = 8
     while smallest < min(length, 64):
         smallest *= 2
-    candidates = [size for size in (256, 128, 64) if size <= smallest or size < 2 * length] if smallest == 64 else [smallest]
+    candidates = (
+        [size for size in (256, 128, 64) if size <= smallest or size < 2 * length] if smallest == 64 else [smallest]
+    )
 
     def padded(size):
         return -(-length // size) * size

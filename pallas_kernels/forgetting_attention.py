@@ -42,8 +42,8 @@ def forgetting_attention(
       return_lse: also return the log-sum-exp of the logits, differentiable.
 
     Returns:
-      o [B, T, N, Hv] in q's dtype (padding: 0), and with return_lse also lse [B, N, T] float32 (padding: -inf). Both are
-      accumulated in float32; float64 inputs are computed in float64.
+      o [B, T, N, Hv] in q's dtype (padding: 0), and with return_lse also lse [B, N, T] float32 (padding: -inf). Both
+      are accumulated in float32; float64 inputs are computed in float64.
 
     Raises:
       ValueError: for shapes, dtypes or values that do not fit, naming them.

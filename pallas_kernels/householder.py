@@ -73,7 +73,7 @@ def unit_lower_inverse(m: Float[Array, "*batch U U"]) -> Float[Array, "*batch U 
 
 
 def _substitute(m):
-    """Inverse of I + M row by row: x_i = e_i - sum_{j<i} M_ij x_j; a loop, since unrolled it would dominate compilation."""
+    """Inverse of I + M row by row: x_i = e_i - sum_{j<i} M_ij x_j. A loop: unrolled it would dominate compilation."""
 
     def solve_row(i, x):
         coefficients = jax.lax.dynamic_index_in_dim(m, i, axis=m.ndim - 2, keepdims=False)
@@ -161,7 +161,9 @@ def frame_tree_rows(num_tiles: int) -> np.ndarray:
         for b in range(a):
             level = (a ^ b).bit_length() - 1
             queries, keys = levels[level]
-            rows.append((a, b, query_start[level] + np.searchsorted(queries, a), key_start[level] + np.searchsorted(keys, b)))
+            rows.append(
+                (a, b, query_start[level] + np.searchsorted(queries, a), key_start[level] + np.searchsorted(keys, b))
+            )
     return np.array(rows, np.int32).reshape(-1, 4)
 
 
@@ -235,7 +237,7 @@ def householder_transform(
 
 
 def to_tiles(x: Shaped[Array, "B T N *H"], size: int) -> Shaped[Array, "tiles B N C *H"]:
-    """Cuts the length axis into tiles of `size` tokens, zero-padded at the end, and puts tile and head axes in front."""
+    """Cuts the length axis into tiles of `size` tokens, zero-padded at the end, with tile and head axes in front."""
     padding = -x.shape[1] % size
     x = jnp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2))
     x = x.reshape(x.shape[0], -1, size, *x.shape[2:])

@@ -36,8 +36,8 @@ def path_attention(
       q: queries, any floating dtype.
       k: keys; N is a multiple of K (grouped queries: query head n uses key head n // (N // K)).
       v: values; Hv may differ from H.
-      w: reflection directions, used as given: unit norm is the caller's duty, dw is with respect to w as given. Keep w and
-        beta in float32; rounding a direction moves every logit whose path crosses it.
+      w: reflection directions, used as given: unit norm is the caller's duty, dw is with respect to w as given. Keep w
+        and beta in float32; rounding a direction moves every logit whose path crosses it.
       beta: reflection strengths in [0, 2].
       log_forget: log forget gates per query head, <= 0, natural logarithm; None for PaTH without a gate.
       scale: logit scale, H**-0.5 by default.
@@ -49,8 +49,8 @@ def path_attention(
       return_lse: also return the log-sum-exp of the logits, differentiable.
 
     Returns:
-      o [B, T, N, Hv] in q's dtype (padding: 0), and with return_lse also lse [B, N, T] float32 (padding: -inf). Both are
-      accumulated in float32; float64 inputs are computed in float64.
+      o [B, T, N, Hv] in q's dtype (padding: 0), and with return_lse also lse [B, N, T] float32 (padding: -inf). Both
+      are accumulated in float32; float64 inputs are computed in float64.
 
     Raises:
       ValueError: for shapes, dtypes or values that do not fit, naming them.

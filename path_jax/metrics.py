@@ -34,8 +34,8 @@ def means(sums: Mapping[str, tuple[jax.Array, jax.Array]]) -> dict[str, float]:
 class MetricsFile:
     """Append-only JSON lines, one record per step, that survives being killed.
 
-    Opening it for a run that resumes at `step` drops what was written after that step and a torn last line, so every step
-    stands in the file exactly once.
+    Opening it for a run that resumes at `step` drops what was written after that step and a torn last line, so every
+    step stands in the file exactly once.
     """
 
     def __init__(self, path: Path, step: int):

@@ -20,7 +20,9 @@ ALLOWED = {
     "path_jax.data": [],
     "path_jax.checkpoints": ["path_jax.models", "path_jax.parallel"],
     "path_jax.training": [f"path_jax.{p}" for p in ("models", "data", "parallel", "checkpoints", "metrics")],
-    "path_jax.evaluation": [f"path_jax.{p}" for p in ("models", "data", "parallel", "checkpoints", "metrics", "nn.taps")],
+    "path_jax.evaluation": [
+        f"path_jax.{p}" for p in ("models", "data", "parallel", "checkpoints", "metrics", "nn.taps")
+    ],
     "path_jax.evaluation.run_report": ["path_jax"],
     "path_jax.nnx": [],
     "configs": ["configs"],
@@ -70,7 +72,9 @@ def test_only_allowed_imports(path):
     part = max((key for key in ALLOWED if is_within(module, key)), key=len)
     for imported in imports(path):
         if imported.split(".")[0] in ("pallas_kernels", "path_jax", "configs"):
-            assert any(is_within(imported, allowed) for allowed in [part, *ALLOWED[part]]), f"{module} imports {imported}"
+            assert any(is_within(imported, allowed) for allowed in [part, *ALLOWED[part]]), (
+                f"{module} imports {imported}"
+            )
         for package, homes in CONFINED.items():
             if is_within(imported, package):
                 assert any(is_within(module, home) for home in homes), f"{module} imports {imported}"

@@ -20,7 +20,12 @@ ROOT = Path(__file__).parent.parent
 def script(name, *arguments):
     environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
     return subprocess.run(
-        [sys.executable, ROOT / name, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+        [sys.executable, ROOT / name, *arguments],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
 
 

@@ -3,8 +3,8 @@
 Runs on every platform and is what the other implementations fall back to. One `lax.scan` walks the tiles below the
 diagonal; a tile names the row of the level-indexed queries and keys it multiplies, so PaTH (frame tree) and the
 Forgetting Transformer (row = tile) share this code. Nothing of size T x T is stored: memory is O(T C) for the diagonal
-tiles plus the operands. Tiles that segments, window or pruning rule out are skipped at run time; since one loop serves the
-whole batch, a tile is skipped when no row of the batch and no head needs it.
+tiles plus the operands. Tiles that segments, window or pruning rule out are skipped at run time; since one loop serves
+the whole batch, a tile is skipped when no row of the batch and no head needs it.
 
 Accumulators, logits, softmax statistics and gate sums are float32 (float64 for float64 inputs); operands of the big
 products keep the inputs' dtype.
@@ -110,7 +110,7 @@ def _pair_is_needed(operands, settings, pairs, offset, between):
 
 
 def _mask(settings, distance, query_ids, key_ids):
-    """Mask [..., C, C] of a tile whose keys lie `distance` tiles before its queries; None when everything is visible."""
+    """Mask [..., C, C] of a tile whose keys lie `distance` tiles before its queries; None if everything is visible."""
     mask = None
     if settings.window is not None:
         index = jnp.arange(settings.tile_size)
@@ -222,8 +222,8 @@ def backward(operands: Operands, settings: Settings, out, lse, dout, dlse):
     """Cotangents (Frames, value, log_forget) of `forward`, from its results and their cotangents.
 
     One pass, five products per tile: with `Delta_i = sum(dout_i * out_i) - dlse_i`, p = exp(s - lse) and
-    ds = p * (dout v^T - Delta). Rows of ds sum to dlse exactly, but the gate's gradient sums them as computed: only then
-    do their rounding errors cancel those of the columns instead of piling up over the sequence.
+    ds = p * (dout v^T - Delta). Rows of ds sum to dlse exactly, but the gate's gradient sums them as computed: only
+    then do their rounding errors cancel those of the columns instead of piling up over the sequence.
     """
     frames, value = operands.frames, operands.value
     num_queries, num_keys = len(frames.local), len(value)

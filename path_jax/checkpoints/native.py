@@ -1,7 +1,7 @@
 """Checkpoints of a training run: Orbax for state and data position, JSON for the resolved configuration.
 
-    workdir/config.json             what was run; eval.py reads it back
-    workdir/checkpoints/<step>/     state (any pytree) and data (iterator position), committed atomically
+workdir/config.json             what was run; eval.py reads it back
+workdir/checkpoints/<step>/     state (any pytree) and data (iterator position), committed atomically
 """
 
 import json
@@ -104,7 +104,8 @@ def restore_params(workdir: Path, abstract_params, step: int | None = None):
     path = directory / str(steps[-1] if step is None else step) / "state"
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     target = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None) or device), abstract_params
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None) or device),
+        abstract_params,
     )
     arguments = ocp.args.PyTreeRestore(
         {"params": target},

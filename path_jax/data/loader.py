@@ -69,16 +69,11 @@ class DataConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"data.{name} is {getattr(self, name)}; it must be at least 1")
         if not 0 < self.heldout_fraction < 1:
-            raise ValueError(
-                f"data.heldout_fraction is {self.heldout_fraction}; it must be inside (0, 1)"
-            )
+            raise ValueError(f"data.heldout_fraction is {self.heldout_fraction}; it must be inside (0, 1)")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"data.seed is {self.seed}; it must be in [0, 2**32)")
         if not 0 <= self.bos_id < self.vocab_size:
-            raise ValueError(
-                f"data.bos_id is {self.bos_id}; it must be in "
-                f"[0, data.vocab_size={self.vocab_size})"
-            )
+            raise ValueError(f"data.bos_id is {self.bos_id}; it must be in [0, data.vocab_size={self.vocab_size})")
         byte_ids = (ByteTokenizer().bos_id, ByteTokenizer().vocab_size)
         if self.source != "tokens" and (self.bos_id, self.vocab_size) != byte_ids:
             raise ValueError(
@@ -107,9 +102,7 @@ def make_corpus(config: DataConfig) -> Corpus:
         order = grain.MapDataset.range(len(records)).seed(config.seed).shuffle()
         num_heldout = round(config.heldout_fraction * len(records))
         num_heldout = min(max(num_heldout, 1), len(records) - 1)
-        train = LazyDocuments(
-            len(records) - num_heldout, lambda index: records[order[num_heldout + index]]
-        )
+        train = LazyDocuments(len(records) - num_heldout, lambda index: records[order[num_heldout + index]])
         heldout = LazyDocuments(num_heldout, lambda index: records[order[index]])
         return Corpus(train, heldout, config.vocab_size)
     if config.source == "stdlib":
@@ -121,12 +114,9 @@ def make_corpus(config: DataConfig) -> Corpus:
         largest = max(int(document.tokens.max()) for document in documents)
         if largest >= config.vocab_size:
             raise ValueError(
-                f"{config.path} has id {largest}, outside data.vocab_size={config.vocab_size}; "
-                "raise data.vocab_size"
+                f"{config.path} has id {largest}, outside data.vocab_size={config.vocab_size}; raise data.vocab_size"
             )
-    train, heldout = text.split_documents(
-        documents, config.heldout_fraction, config.seed, bos_id=config.bos_id
-    )
+    train, heldout = text.split_documents(documents, config.heldout_fraction, config.seed, bos_id=config.bos_id)
     return Corpus(train, heldout, config.vocab_size)
 
 
@@ -200,9 +190,7 @@ def _packed_stream(records: grain.IterDataset, config: DataConfig) -> grain.Iter
     if config.packing == "concat":
         pieces = grain.experimental.FlatMapIterDataset(records, _PredictionPieces(None))
         return grain.experimental.ConcatThenSplitIterDataset(pieces, length_struct=lengths)
-    pieces = grain.experimental.FlatMapIterDataset(
-        records, _PredictionPieces(config.sequence_length)
-    )
+    pieces = grain.experimental.FlatMapIterDataset(records, _PredictionPieces(config.sequence_length))
     return grain.experimental.FirstFitPackIterDataset(
         pieces, length_struct=lengths, num_packing_bins=_NUM_STREAM_ROWS, seed=config.seed
     )

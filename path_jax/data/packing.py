@@ -187,9 +187,7 @@ def _padded_row(
     }
 
 
-def _checked_tokens(
-    documents: Sequence[Document], sequence_length: int
-) -> tuple[list[np.ndarray], int]:
+def _checked_tokens(documents: Sequence[Document], sequence_length: int) -> tuple[list[np.ndarray], int]:
     if sequence_length < 1:
         raise ValueError(f"sequence_length is {sequence_length}; it must be at least 1")
     tokens = [document.tokens for document in documents]

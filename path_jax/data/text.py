@@ -22,8 +22,7 @@ _TOKENIZER = ByteTokenizer()
 # Tests and installed packages differ between installations of one Python version, and
 # test files hold invalid source on purpose.
 _EXCLUDED_FOLDERS = frozenset(
-    ("test", "tests", "idle_test", "site-packages", "dist-packages")
-    + ("lib2to3", "ensurepip", "__pycache__")
+    ("test", "tests", "idle_test", "site-packages", "dist-packages") + ("lib2to3", "ensurepip", "__pycache__")
 )
 
 
@@ -140,9 +139,7 @@ def token_file_documents(path: str | os.PathLike[str], bos_id: int) -> tuple[Doc
     return tuple(documents)
 
 
-def tfds_documents(
-    directory: str | os.PathLike[str], split: str, text_key: str
-) -> Sequence[Document]:
+def tfds_documents(directory: str | os.PathLike[str], split: str, text_key: str) -> Sequence[Document]:
     """Returns a lazy random-access sequence over a prepared TFDS dataset, as bytes.
 
     Args:
@@ -162,9 +159,7 @@ def tfds_documents(
     try:
         import tensorflow_datasets as tfds
     except ImportError as error:
-        raise ImportError(
-            "source 'tfds' needs tensorflow-datasets; run: pip install path-jax[tfds]"
-        ) from error
+        raise ImportError("source 'tfds' needs tensorflow-datasets; run: pip install path-jax[tfds]") from error
     if not pathlib.Path(directory).is_dir():
         raise FileNotFoundError(f"{directory} is not a directory; give the version folder")
     builder = tfds.builder_from_directory(os.fspath(directory))
@@ -175,9 +170,7 @@ def tfds_documents(
     if split.split("[")[0] not in splits:
         raise ValueError(f"{directory} has no split {split!r}; set tfds_split to one of {splits}")
     source = builder.as_data_source(split)
-    return LazyDocuments(
-        len(source), lambda index: _byte_document(f"{split}#{index}", source[index][text_key])
-    )
+    return LazyDocuments(len(source), lambda index: _byte_document(f"{split}#{index}", source[index][text_key]))
 
 
 def split_documents(
@@ -216,9 +209,7 @@ def split_documents(
     if len(set(names)) < len(names):
         repeated = sorted({name for name in names if names.count(name) > 1})
         raise ValueError(f"document names repeat: {repeated[:3]}; make every name distinct")
-    by_hash = sorted(
-        documents, key=lambda item: hashlib.sha256(f"{seed}/{item.name}".encode()).digest()
-    )
+    by_hash = sorted(documents, key=lambda item: hashlib.sha256(f"{seed}/{item.name}".encode()).digest())
     goal = heldout_fraction * sum(len(document.tokens) for document in documents)
     heldout_names: set[str] = set()
     num_tokens = 0

@@ -139,14 +139,10 @@ def _low_bytes(packed: UInt32[np.ndarray, "n"], num_bytes: int) -> UInt32[np.nda
 def _count(packed: UInt32[np.ndarray, "n"], order: int) -> _Counts:
     pairs, pair_counts = np.unique(_low_bytes(packed, order + 1), return_counts=True)
     # Pairs are sorted, so those of one context are neighbours.
-    contexts, starts, num_successors = np.unique(
-        pairs >> np.uint32(8), return_index=True, return_counts=True
-    )
+    contexts, starts, num_successors = np.unique(pairs >> np.uint32(8), return_index=True, return_counts=True)
     # `reduceat` refuses an empty table, which a text shorter than the order gives.
     sums = np.add.reduceat(pair_counts, starts) if len(pairs) else pair_counts
-    return _Counts(
-        pairs, pair_counts.astype(np.int64), contexts, sums.astype(np.int64), num_successors
-    )
+    return _Counts(pairs, pair_counts.astype(np.int64), contexts, sums.astype(np.int64), num_successors)
 
 
 def _interpolate(

@@ -55,7 +55,7 @@ def finish(
       start: `time.perf_counter()` when the job started.
 
     Returns:
-      The summary. Its training loss is the mean over the last twentieth of the steps, its speed that of the median step.
+      The summary. Its training loss is the mean over the last twentieth of the steps, its speed the median step's.
     """
     last = records[-max(1, len(records) // 20) :]
     unit = "bits_per_byte" if _is_bytes(config) else "bits_per_token"
@@ -73,9 +73,7 @@ def finish(
     for name, content in (("results.json", results), ("summary.json", summary)):
         report.write_file(workdir / name, (json.dumps(content, indent=2) + "\n").encode())
     try:
-        write_run_report(
-            workdir, config=config, summary=summary, results=results, metrics=records, sample=sample
-        )
+        write_run_report(workdir, config=config, summary=summary, results=results, metrics=records, sample=sample)
     except ImportError as error:
         print(f"no report.html: {error}", file=sys.stderr)
     return summary
@@ -129,7 +127,9 @@ def write_run_report(
 
 def summary_rows(summary: Mapping[str, Any]) -> dict[str, Any]:
     """Returns {label: value} of a run's summary, in order; unknown keys follow under their own names."""
-    ordered = [key for key in _SUMMARY_LABELS if key in summary] + [key for key in summary if key not in _SUMMARY_LABELS]
+    ordered = [key for key in _SUMMARY_LABELS if key in summary] + [
+        key for key in summary if key not in _SUMMARY_LABELS
+    ]
     return {_SUMMARY_LABELS.get(key, key): summary[key] for key in ordered}
 
 

@@ -1,4 +1,4 @@
-"""Sequence mixers, one contract:
+"""Sequence mixers, one contract.
 
     mixer(x: [B, T, D], *, positions=None [B, T], segment_ids=None [B, T], cache=None) -> (y: [B, T, D], cache)
 

@@ -28,17 +28,17 @@ def token_shift(y: Float[Array, "B T K H"], amount: Float[Array, "B T K"], segme
 
 
 class ForgettingAttention(nn.Module):
-    """Multi-head attention whose logits decay by data-dependent forget gates (FoX); without a gate, a plain transformer's.
+    """Multi-head attention whose logits decay by data-dependent forget gates (FoX), or plain without a gate.
 
     The "LLaMA" FoX block is the default; the "Pro" block is `kv_shift=True, qk_norm="head" (or "shared"),
     output_norm=True, output_gate=True`.
 
     Args:
       num_heads: query heads N; num_kv_heads: N by default; head_dim: D // N by default.
-      gate: "full" (log_sigmoid of a projection of x), "bias_only" (a learned constant per head), "fixed" (a constant per
-        head), "none".
-      gate_timescales: shortest and longest decay time in tokens, over the heads, that "bias_only" starts from and "fixed"
-        keeps. The paper's range is not stated; this one is ours.
+      gate: "full" (log_sigmoid of a projection of x), "bias_only" (a learned constant per head), "fixed" (a constant
+        per head), "none".
+      gate_timescales: shortest and longest decay time in tokens, over the heads, that "bias_only" starts from and
+        "fixed" keeps. The paper's range is not stated; this one is ours.
       kv_shift: mixes each key and value head with the previous token's by a data-dependent amount.
       qk_norm: RMS norm of query and key heads (eps 1e-5): "none", "head" (a scale per head) or "shared" (one for all).
       output_norm: RMS norm of each output head; output_gate: multiplies the output by sigmoid(output_gate_proj x).

@@ -1,6 +1,6 @@
 """Decoder language model: pre-norm blocks of a mixer and a SwiGLU MLP.
 
-    x = x + mixer(norm(x));  x = x + mlp(norm(x));   logits = head(norm(x))
+x = x + mixer(norm(x));  x = x + mlp(norm(x));   logits = head(norm(x))
 """
 
 import flax.linen as nn

@@ -45,7 +45,7 @@ def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-    """Pins an activation to the mesh by logical axes ("batch", "length", "heads", ...); no effect outside `jax.set_mesh`."""
+    """Pins an activation to the mesh by logical axes ("batch", "length", ...); no effect outside `jax.set_mesh`."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return x

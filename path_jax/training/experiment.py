@@ -95,7 +95,9 @@ def make_experiment(config: Mapping[str, Any]) -> Experiment:
         raise ValueError(f"config.model.mixer_options: {error}") from error
     corpus = make_corpus(data)
     if corpus.vocab_size > model_config.vocab_size:
-        raise ValueError(f"model.vocab_size={model_config.vocab_size} is less than the corpus needs: {corpus.vocab_size}")
+        raise ValueError(
+            f"model.vocab_size={model_config.vocab_size} is less than the corpus needs: {corpus.vocab_size}"
+        )
     return Experiment(dict(config), model, data, optim, train, mesh, corpus)
 
 

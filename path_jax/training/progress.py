@@ -24,7 +24,11 @@ class TrainingProgress:
         self._begin = self._last_line = time.monotonic()
         self._bar = None
         if sys.stderr.isatty():
-            columns = ("step {task.completed}/{task.total}", "loss {task.fields[loss]:.3f}", "{task.fields[rate]:,.0f} tokens/s")
+            columns = (
+                "step {task.completed}/{task.total}",
+                "loss {task.fields[loss]:.3f}",
+                "{task.fields[rate]:,.0f} tokens/s",
+            )
             self._bar = Progress(
                 BarColumn(), *map(TextColumn, columns), TimeElapsedColumn(), "ETA", TimeRemainingColumn(),
                 console=Console(stderr=True),

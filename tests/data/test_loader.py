@@ -66,9 +66,7 @@ def assert_resumes(make, directory):
     restored = make()
     take(restored, 2)
     with ocp.CheckpointManager(directory) as manager:
-        manager.restore(
-            5, args=ocp.args.Composite(data=grain.checkpoint.CheckpointRestore(restored))
-        )
+        manager.restore(5, args=ocp.args.Composite(data=grain.checkpoint.CheckpointRestore(restored)))
     assert_same(take(restored, 20), expected)
 
 
@@ -134,9 +132,7 @@ def test_global_batches_do_not_depend_on_the_process_count(packing, process_coun
         for p in range(process_count)
     ]
     assert_is_batch(parts[0][0], 4 // process_count, 16)
-    joined = [
-        Batch(*map(np.concatenate, zip(*step, strict=True))) for step in zip(*parts, strict=True)
-    ]
+    joined = [Batch(*map(np.concatenate, zip(*step, strict=True))) for step in zip(*parts, strict=True)]
     assert_same(joined, expected)
 
 
@@ -197,9 +193,7 @@ def test_tfds_stream_is_the_text(tfds_path, packing):
 def test_tfds_orbax_resume(tfds_path, packing, tmp_path):
     config = config_for(source="tfds", path=tfds_path, packing=packing)
     train = make_corpus(config).train
-    assert_resumes(
-        lambda: make_iterator(config, train, process_index=1, process_count=2), tmp_path / "c"
-    )
+    assert_resumes(lambda: make_iterator(config, train, process_index=1, process_count=2), tmp_path / "c")
 
 
 def test_tfds_processes_share_the_records_out(tfds_path):

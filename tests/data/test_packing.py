@@ -108,9 +108,7 @@ def test_first_fit_cuts_long_documents_only():
 
 @both_sources
 def test_too_little_text(make_rows):
-    with pytest.raises(
-        ValueError, match="corpus has 120 tokens, fewer than one sequence of 257; lower"
-    ):
+    with pytest.raises(ValueError, match="corpus has 120 tokens, fewer than one sequence of 257; lower"):
         make_rows(unique_documents([100, 20]), 256)
     with pytest.raises(ValueError, match="sequence_length is 0"):
         make_rows(unique_documents([100]), 0)

@@ -18,10 +18,7 @@ BOS = ByteTokenizer().bos_id
 
 
 def documents_of_lengths(lengths):
-    return tuple(
-        Document(f"d{i}", np.array([BOS] + [i % 256] * (n - 1), np.int32))
-        for i, n in enumerate(lengths)
-    )
+    return tuple(Document(f"d{i}", np.array([BOS] + [i % 256] * (n - 1), np.int32)) for i, n in enumerate(lengths))
 
 
 @pytest.mark.parametrize("text", ["", "plain", "naïve Ω 漢字 🙂", "\x00\r\n"])

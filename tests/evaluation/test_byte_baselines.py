@@ -35,9 +35,7 @@ def reference_log2_prob(train, data):
     return [math.log2(probability(data[max(i - 3, 0) : i], b)) for i, b in enumerate(data)]
 
 
-@pytest.mark.parametrize(
-    "train", [TEXT, b"a", b"ab", b"abc", b"abcd", b"\x00" * 9, bytes(range(256)) * 2]
-)
+@pytest.mark.parametrize("train", [TEXT, b"a", b"ab", b"abc", b"abcd", b"\x00" * 9, bytes(range(256)) * 2])
 @pytest.mark.parametrize("data", [b"the dog sat", b"\xff\x00\x00\x00\x00zz", b"a"])
 def test_equals_the_dictionary_reference(train, data):
     actual = Order3Model.fit(train).log2_prob(data)
@@ -56,9 +54,7 @@ def test_context_argument_continues_a_text():
     model = Order3Model.fit(TEXT)
     data = b"the cat is on the file"
     for cut in (1, 2, 3, 10):
-        np.testing.assert_array_equal(
-            model.log2_prob(data[cut:], data[:cut]), model.log2_prob(data)[cut:]
-        )
+        np.testing.assert_array_equal(model.log2_prob(data[cut:], data[:cut]), model.log2_prob(data)[cut:])
 
 
 def test_beats_order_zero_and_does_not_adapt():

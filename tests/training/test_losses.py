@@ -22,7 +22,9 @@ def test_sums_equal_numpy(inputs):
     log_partition = np.log(np.exp(logits).sum(-1))
     nll = log_partition - np.take_along_axis(logits, targets[..., None], -1)[..., 0]
     sums = next_token_loss(lambda h: h @ kernel, jnp.asarray(hidden), targets, weights)
-    np.testing.assert_allclose(sums, [(nll * weights).sum(), (log_partition**2 * weights).sum(), weights.sum()], rtol=1e-5)
+    np.testing.assert_allclose(
+        sums, [(nll * weights).sum(), (log_partition**2 * weights).sum(), weights.sum()], rtol=1e-5
+    )
 
 
 @pytest.mark.parametrize("chunk_size", [1, 4, 13, 50])

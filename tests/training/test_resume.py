@@ -16,7 +16,7 @@ import pytest
 
 SCRIPT = Path(__file__).with_name("interrupted_run.py")
 ROOT = SCRIPT.parents[2]
-NUM_STEPS, SAVE_EVERY = 400, 7
+NUM_STEPS, SAVE_EVERY = 160, 7
 
 
 def start(workdir):
@@ -71,7 +71,7 @@ def interrupt(workdir, sent, rng):
     wait_for_records(process, workdir, 1)
     if already:  # resuming drops the records after the checkpoint first
         time.sleep(rng.uniform(1, 3))
-    wait_for_records(process, workdir, min(num_records(workdir) + rng.randrange(1, NUM_STEPS // 8), NUM_STEPS - 30))
+    wait_for_records(process, workdir, min(num_records(workdir) + rng.randrange(1, NUM_STEPS // 8), NUM_STEPS - 40))
     time.sleep(rng.uniform(0, 0.05))
     process.send_signal(sent)
     _, errors = process.communicate(timeout=120)

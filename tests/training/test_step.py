@@ -79,6 +79,8 @@ def test_decay_spares_norms_and_biases():
 
 def test_schedule_warms_up_and_decays():
     schedule = make_schedule(OptimConfig(lr=1.0, init_lr=0.1, end_lr=0.2, warmup_steps=10), 100)
-    np.testing.assert_allclose([schedule(0), schedule(10), schedule(55), schedule(100)], [0.1, 1.0, 0.6, 0.2], rtol=1e-6)
+    np.testing.assert_allclose(
+        [schedule(0), schedule(10), schedule(55), schedule(100)], [0.1, 1.0, 0.6, 0.2], rtol=1e-6
+    )
     with pytest.raises(ValueError, match="optim.warmup_steps=11 exceeds train.num_steps=10"):
         make_schedule(OptimConfig(warmup_steps=11), 10)
