@@ -11,10 +11,10 @@ quickstart: $(VENV)/installed-plot-$(LINE)
 	$(BIN)/python train.py --config=configs/lm_path.py:size=quickstart --workdir=runs/quickstart
 
 test: $(VENV)/installed-dev-$(LINE)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-all: $(VENV)/installed-dev-$(LINE)
-	$(BIN)/python -m pytest -m "not gpu and not tpu_aot and not gpu_aot"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not gpu and not tpu_aot and not gpu_aot"
 
 lint: $(VENV)/installed-dev-$(LINE)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
