@@ -90,15 +90,13 @@ def operations():
 
 
 def with_gradients(op):
-    """Function of the op's inputs returning a scalar of the output and all gradients."""
-    weight = lambda out: jnp.cos(jnp.arange(out.size, dtype=jnp.float32)).reshape(out.shape)
-    loss = lambda *inputs: jnp.sum(op(*inputs).astype(jnp.float32) * weight(op_shape(op, inputs)))
+    """Function of the op's inputs returning a scalar of the output and the gradients of all inputs."""
+
+    def loss(*inputs):
+        out = op(*inputs).astype(jnp.float32)
+        return jnp.vdot(out, jnp.cos(jnp.arange(out.size, dtype=jnp.float32)).reshape(out.shape))
+
     return lambda *inputs: jax.value_and_grad(loss, argnums=tuple(range(len(inputs))))(*inputs)
-
-
-def op_shape(op, inputs):
-    """Shape of the output, without computing it."""
-    return jax.eval_shape(op, *inputs)
 
 
 def best_seconds(functions: dict, repeats: int) -> dict[str, float]:
@@ -154,11 +152,11 @@ def macs_table(args):
             yield (length, name, *ratios)
 
 
-_TABLES = {"time": time_table, "memory": memory_table, "macs": macs_table}
+TABLES = {"time": time_table, "memory": memory_table, "macs": macs_table}
 
 
-def main(argv=None):
-    """Prints the requested tables."""
+def parse_args(argv=None):
+    """Command line of the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     numbers = lambda text: tuple(int(n) for n in text.split(","))
     parser.add_argument("--tables", default="time,memory,macs", help="comma-separated: time, memory, macs")
@@ -172,14 +170,20 @@ def main(argv=None):
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--repeats", type=int, default=7, help="timed runs per operation; the best counts")
     args = parser.parse_args(argv)
-    unknown = set(args.tables.split(",")) - set(_TABLES)
+    unknown = set(args.tables.split(",")) - set(TABLES)
     if unknown:
-        parser.error(f"unknown tables {sorted(unknown)}; choose from {', '.join(_TABLES)}")
+        parser.error(f"unknown tables {sorted(unknown)}; choose from {', '.join(TABLES)}")
+    return args
+
+
+def main(argv=None):
+    """Prints the requested tables."""
+    args = parse_args(argv)
     device = jax.devices()[0]
     print(f"jax {jax.__version__} on {device.device_kind} ({jax.default_backend()}), {args}")
     for name in args.tables.split(","):
         print(f"\n{name}")
-        for row in _TABLES[name](args):
+        for row in TABLES[name](args):
             print("  " + "  ".join(f"{cell!s:>14}" for cell in row), flush=True)
 
 

@@ -121,15 +121,18 @@ def test_workdir_that_cannot_be_used(corpus, tmp_path):
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
 
 
-def test_nan_stops_the_run_and_keeps_the_last_checkpoint(corpus, tmp_path):
-    config = debug_config(corpus, num_steps=30, save_every=5)
+@pytest.mark.parametrize(
+    "save_every, reason", [(1, "the last good checkpoint is that of step"), (50, "no checkpoint yet")]
+)
+def test_nan_stops_the_run_and_is_never_saved(corpus, tmp_path, save_every, reason):
+    config = debug_config(corpus, num_steps=30, save_every=save_every)
     config.optim.update(lr=1e20, warmup_steps=8, clip_norm=0.0)
-    with pytest.raises(FloatingPointError, match=r"is (nan|inf) at step \d+; the last good checkpoint is that of step"):
+    with pytest.raises(FloatingPointError, match=rf"is (nan|inf) at step \d+; .*{reason}") as error:
         loop.run(make_experiment(config.to_dict()), tmp_path)
     records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    saved = sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir() if path.name.isdigit())
-    assert all(np.isfinite(record["loss"]) for record in records)
-    assert not saved or saved[-1] <= records[-1]["step"]
+    saved = [int(path.name) for path in (tmp_path / "checkpoints").iterdir() if path.name.isdigit()]
+    assert f"at step {records[-1]['step'] + 1};" in str(error.value)
+    assert max(saved, default=None) == (records[-1]["step"] if save_every == 1 else None)
 
 
 def test_finished_run_is_left_alone(corpus, tmp_path):

@@ -83,15 +83,14 @@ def run(experiment: Experiment, workdir: str | Path, evaluators: Mapping[str, Ca
                     state, sums = train_step(state, batch)
                     step += 1
                     logger.add(step, sums)
-                    due = step % train.save_every == 0 or step == train.num_steps
-                    if due or stop.requested:
+                    if step % train.save_every == 0:
                         logger.flush()  # metrics first: a saved step always has its records
                         checkpointer.save(step, state, iterator)
                     if train.eval_every and step % train.eval_every == 0 and step < train.num_steps:
                         for name, evaluate in (evaluators or {}).items():
                             evals.append({"step": step, "evaluator": name} | evaluate(state.params))
                 logger.flush()
-                if step > start:
+                if step > start:  # the end, or SIGTERM
                     checkpointer.save(step, state, iterator)
         finally:
             checkpointer.close()

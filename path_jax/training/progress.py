@@ -102,9 +102,14 @@ class StepLogger:
         seconds, self._clock = now - self._clock, now
         bad = first_bad(record)
         if bad:
+            saved = self._latest_checkpoint()
             raise FloatingPointError(
-                f"{bad} is {record[bad]} at step {step}; the last good checkpoint is that of step "
-                f"{self._latest_checkpoint()}"
+                f"{bad} is {record[bad]} at step {step}; "
+                + (
+                    "there is no checkpoint yet"
+                    if saved is None
+                    else f"the last good checkpoint is that of step {saved}"
+                )
             )
         rate = self._tokens_per_step / seconds
         record |= {
