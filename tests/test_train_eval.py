@@ -118,6 +118,10 @@ def test_workdir_that_cannot_be_used(corpus, tmp_path):
     other.optim.lr = 0.5
     with pytest.raises(ValueError, match=r"holds another run \(config.optim.lr is 0.001 there, 0.5 here\)"):
         loop.run(make_experiment(other.to_dict()), tmp_path / "run")
+    (corpus / "new.txt").write_text("another document " * 20)
+    with pytest.raises(ValueError, match="the documents differ from those in .*_files.txt"):
+        loop.run(make_experiment(debug_config(corpus).to_dict()), tmp_path / "run")
+    (corpus / "new.txt").unlink()
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
 
 

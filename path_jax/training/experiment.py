@@ -108,13 +108,23 @@ def prepare_workdir(workdir: Path, experiment: Experiment) -> Path:
         differences = _differences(read_config(workdir), config)
         if differences:
             raise ValueError(f"{workdir} holds another run ({'; '.join(differences)}); choose another --workdir")
+        for path, names in _document_lists(workdir, experiment):
+            if path.exists() and path.read_text() != names:
+                raise ValueError(f"the documents differ from those in {path}; restore them or choose another --workdir")
         return workdir
     workdir.mkdir(parents=True, exist_ok=True)
-    for side in ("train", "heldout"):
-        names = (document.name for document in getattr(experiment.corpus, side))
-        (workdir / f"{side}_files.txt").write_text("".join(name + "\n" for name in names))
+    for path, names in _document_lists(workdir, experiment):
+        path.write_text(names)
     write_config(workdir, config)  # last: it marks the directory as a run
     return workdir
+
+
+def _document_lists(workdir: Path, experiment: Experiment):
+    """(file, names of the documents) of both sides; a lazy corpus, which naming would read whole, has none."""
+    for side in ("train", "heldout"):
+        documents = getattr(experiment.corpus, side)
+        if isinstance(documents, (list, tuple)):
+            yield workdir / f"{side}_files.txt", "".join(document.name + "\n" for document in documents)
 
 
 def _differences(old, new, path="config") -> list[str]:
