@@ -66,7 +66,8 @@ def unit_lower_inverse(m: Float[Array, "*batch U U"]) -> Float[Array, "*batch U 
         tiled = m.reshape(*m.shape[:-2], size // (2 * base), 2, base, size // (2 * base), 2, base)
         index = np.arange(size // (2 * base))
         below = jnp.moveaxis(tiled[..., index, 1, :, index, 0, :], 0, -3)
-        below = -_einsum("...ij,...jk->...ik", second, _einsum("...ij,...jk->...ik", below, first))
+        # (b' m) a' rather than b' (m a'): about half the error on blocks of 64 equal w with beta near 2.
+        below = -_einsum("...ij,...jk->...ik", _einsum("...ij,...jk->...ik", second, below), first)
         inverse = _stack_lower(first, below, second)
         base *= 2
     return inverse.reshape(m.shape)
