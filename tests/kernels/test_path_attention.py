@@ -60,7 +60,7 @@ def test_golden(path, implementation):
 
 
 def test_golden_cases_are_present():
-    assert len(GOLDEN_CASES) == 7
+    assert len(GOLDEN_CASES) == 6
 
 
 # --- the ladder ------------------------------------------------------------------------------------------------------
