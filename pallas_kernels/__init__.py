@@ -13,6 +13,7 @@ contiguous slice. Log-space values are natural logarithms and start with `log_`;
 from pallas_kernels.dispatch import explain
 from pallas_kernels.forgetting_attention import forgetting_attention
 from pallas_kernels.householder import householder_transform
+from pallas_kernels.interpreter import interpret
 from pallas_kernels.path_attention import path_attention
 
-__all__ = ["explain", "forgetting_attention", "householder_transform", "path_attention"]
+__all__ = ["explain", "forgetting_attention", "householder_transform", "interpret", "path_attention"]

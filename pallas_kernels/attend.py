@@ -1,123 +1,43 @@
-"""Runs a validated call through the linear and the quadratic stage, under one custom derivative.
+"""Runs a checked call through one implementation, under one custom derivative.
 
 The forward pass keeps the inputs, the output and the log-sum-exp; the backward pass recomputes the linear stage, so
 nothing that grows faster than T outlives either.
 """
 
+import dataclasses
 import functools
 
 import jax
-import jax.numpy as jnp
 
-from pallas_kernels import dispatch
-from pallas_kernels.blockwise import pruning, reference, xla
+from pallas_kernels import dispatch, interpreter
+from pallas_kernels.blockwise import reference
 from pallas_kernels.call import AttentionCall
-from pallas_kernels.householder import (
-    BLOCK_SIZE,
-    Frames,
-    block_transform,
-    frame_tree,
-    from_tiles,
-    group_heads,
-    to_tiles,
-)
 
 
 def attend(call: AttentionCall, implementation: str | None, return_lse: bool):
     """What the public operations return."""
-    if dispatch.choose(call, implementation) == "reference":
-        out, lse = reference.attention(call)
+    candidates = dispatch.choose(call, implementation)
+    options, inputs = dataclasses.replace(call.options, interpret=interpreter.is_active()), call.inputs
+    if candidates == ("reference",):
+        out, lse = reference.attention(options, inputs)
     else:
-        settings = xla.Settings(
-            scale=call.scale,
-            gate_scale=call.gate_scale,
-            tile_size=dispatch.tile_size(call.q.shape[1]),
-            use_tree=call.w is not None,
-            window=call.window,
-            prune_mass=call.prune_mass,
-        )
-        out, lse = _attend(settings, call.q, call.k, call.v, call.w, call.beta, call.log_forget, call.segment_ids)
-    out = out.astype(call.q.dtype)
+        out, lse = _attend(candidates, options, inputs)
+    out = out.astype(inputs.q.dtype)
     return (out, lse) if return_lse else out
 
 
-def _query_padding(settings, q, k):
-    """Zero rows in front that align the first query with a tile of keys."""
-    return (k.shape[1] - q.shape[1]) % settings.tile_size
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _attend(candidates, options, inputs):
+    return dispatch.run(candidates, "forward", options, inputs)
 
 
-def _query_tiles(settings, x, q, k):
-    """[B, T, N, *H] -> [query tiles, B, K, G, C, *H], aligned with the tiles of the keys."""
-    x = jnp.pad(x, [(0, 0), (_query_padding(settings, q, k), 0)] + [(0, 0)] * (x.ndim - 2))
-    return group_heads(to_tiles(x, settings.tile_size), k.shape[2])
+def _attend_fwd(candidates, options, inputs):
+    out, lse = dispatch.run(candidates, "forward", options, inputs)
+    return (out, lse), (inputs, out, lse)
 
 
-def _from_query_tiles(settings, x, q, k):
-    """Inverse of _query_tiles."""
-    x = x.reshape(*x.shape[:2], -1, *x.shape[4:])
-    padding = _query_padding(settings, q, k)
-    return from_tiles(x, padding + q.shape[1])[:, padding:]
-
-
-def _linear_stage(settings, q, k, w, beta):
-    """The operands that q, k, w and beta turn into; linear in q and in k."""
-    accumulator = jnp.promote_types(jnp.float32, q.dtype)
-    if w is None:
-        query, key = _query_tiles(settings, q, q, k), to_tiles(k, settings.tile_size)
-        last = key[len(key) - len(query) :]
-        local = jnp.einsum("nbkgqh,nbkch->nbkgqc", query, last, preferred_element_type=accumulator)
-        return Frames(query, key, local)
-    block_size = min(BLOCK_SIZE, settings.tile_size)
-    padding = -q.shape[1] % settings.tile_size  # w = beta = 0: the identity
-
-    def blocks(x):
-        x = jnp.pad(x.astype(accumulator), [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2))
-        return to_tiles(x, block_size)
-
-    transformed = block_transform(group_heads(blocks(q), k.shape[2]), blocks(k), blocks(w), blocks(beta))
-    return frame_tree(transformed, settings.tile_size, q.dtype)
-
-
-def _operands(settings, frames, q, k, v, log_forget, segment_ids):
-    tiles = functools.partial(to_tiles, size=settings.tile_size)
-    norms = None
-    if settings.prune_mass is not None:
-        norms = pruning.tile_norms(_query_tiles(settings, q, q, k), tiles(k))
-    if log_forget is not None:
-        log_forget = group_heads(tiles(log_forget.astype(frames.local.dtype)), k.shape[2])
-    if segment_ids is not None:
-        segment_ids = tiles(segment_ids[:, :, None])[:, :, 0]
-    return xla.Operands(frames, tiles(v), log_forget, segment_ids, norms)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(settings, q, k, v, w, beta, log_forget, segment_ids):
-    return _attend_fwd(settings, q, k, v, w, beta, log_forget, segment_ids)[0]
-
-
-def _attend_fwd(settings, q, k, v, w, beta, log_forget, segment_ids):
-    frames = _linear_stage(settings, q, k, w, beta)
-    out, lse = xla.forward(_operands(settings, frames, q, k, v, log_forget, segment_ids), settings)
-    out, lse = (_from_query_tiles(settings, x, q, k) for x in (out, lse))
-    lse = lse.swapaxes(1, 2)
-    return (out, lse), (q, k, v, w, beta, log_forget, segment_ids, out, lse)
-
-
-def _attend_bwd(settings, residuals, cotangents):
-    q, k, v, w, beta, log_forget, segment_ids, out, lse = residuals
-    dout, dlse = cotangents
-    frames, linear_vjp = jax.vjp(functools.partial(_linear_stage, settings), q, k, w, beta)
-    operands = _operands(settings, frames, q, k, v, log_forget, segment_ids)
-    # Rows that pad a tile get cotangents 0, hence contribute nothing whatever their output and lse.
-    out, dout = (_query_tiles(settings, x, q, k) for x in (out, dout))
-    lse, dlse = (_query_tiles(settings, x.swapaxes(1, 2), q, k) for x in (lse, dlse))
-    dframes, dv, dlog_forget = xla.backward(operands, settings, out, lse, dout, dlse)
-    dq, dk, dw, dbeta = linear_vjp(jax.tree.map(lambda d, x: d.astype(x.dtype), dframes, frames))
-    dv = from_tiles(dv, v.shape[1]).astype(v.dtype)
-    if log_forget is not None:
-        dlog_forget = dlog_forget.reshape(*dlog_forget.shape[:2], -1, dlog_forget.shape[-1])
-        dlog_forget = from_tiles(dlog_forget, log_forget.shape[1]).astype(log_forget.dtype)
-    return dq, dk, dv, dw, dbeta, dlog_forget, None
+def _attend_bwd(candidates, options, residuals, cotangents):
+    return (dispatch.run(candidates, "backward", options, *residuals, *cotangents),)
 
 
 _attend.defvjp(_attend_fwd, _attend_bwd)

@@ -5,6 +5,7 @@ All checks on user input live here and in the signatures of the operations, so i
 
 import dataclasses
 import numbers
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +15,8 @@ from jaxtyping import Array
 from pallas_kernels.blockwise import pruning
 
 
-@dataclasses.dataclass(frozen=True)
-class AttentionCall:
-    """Arguments of an attention operation, with defaults filled in. `w is None`: no reflections (FoX)."""
+class Inputs(NamedTuple):
+    """The arrays of a call; also the tuple of their cotangents. `w is None`: no reflections (FoX)."""
 
     q: Array  # [B, T, N, H]
     k: Array  # [B, S, K, H]
@@ -25,15 +25,29 @@ class AttentionCall:
     beta: Array | None  # [B, S, K]
     log_forget: Array | None  # [B, S, N]
     segment_ids: Array | None  # [B, S]
-    scale: float
-    gate_scale: float
-    window: int | None
-    prune_mass: float | None
 
     @property
     def accumulator_dtype(self):
         """float32, or float64 when the queries are float64."""
         return jnp.promote_types(jnp.float32, self.q.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What is static in a call, with defaults filled in."""
+
+    scale: float
+    gate_scale: float
+    window: int | None
+    prune_mass: float | None
+    interpret: bool = False  # run accelerator kernels in interpret mode
+
+
+class AttentionCall(NamedTuple):
+    """A checked call of an attention operation."""
+
+    inputs: Inputs
+    options: Options
 
 
 def make_call(
@@ -83,13 +97,13 @@ def make_call(
             log_forget = jnp.where(segment_ids[:, :, None] > 0, log_forget, 0)
     if window is not None and (not isinstance(window, numbers.Integral) or window < 1):
         raise ValueError(f"{window=} must be a positive integer or None")
-    return AttentionCall(
-        q, k, v, w, beta, log_forget, segment_ids,
+    options = Options(
         scale=head_dim**-0.5 if scale is None else _check_number("scale", scale),
         gate_scale=_check_number("gate_scale", gate_scale),
         window=None if window is None or window >= kv_length else int(window),
         prune_mass=_prune_mass(prune, log_forget),
-    )  # fmt: skip
+    )
+    return AttentionCall(Inputs(q, k, v, w, beta, log_forget, segment_ids), options)
 
 
 def _check_array(name, x, axes, shape=None):

@@ -1,17 +1,21 @@
 """Chooses the implementation of a call, by asking each for its reason to refuse.
 
-The one place that names implementations and block sizes. `reference` is never chosen automatically.
+The one place that names implementations and platforms. `reference` is never chosen automatically.
 """
 
+import functools
 from collections.abc import Callable
 
-from pallas_kernels.blockwise import reference, xla
+import jax
+
+from pallas_kernels.blockwise import reference, xla_operation
+from pallas_kernels.blockwise.tpu import operation as tpu_operation
 from pallas_kernels.call import AttentionCall
 
-_REFUSES = {"reference": reference.refuses, "xla": xla.refuses}
-_AUTOMATIC = ("xla",)  # best first
+_OPERATIONS = {"tpu": tpu_operation, "xla": xla_operation}
+_REFUSES = {"reference": reference.refuses, "xla": xla_operation.refuses, "tpu": tpu_operation.refuses}
+_AUTOMATIC = {"tpu": "tpu"}  # platform -> implementation preferred there; `xla` serves everything else
 _NOT_YET = {
-    "tpu": "Mosaic TPU kernels are not part of this version",
     "gpu": "Mosaic GPU kernels are not part of this version",
     "triton": "Triton kernels are not part of this version",
 }
@@ -40,33 +44,28 @@ def explain(op: Callable, *args, **kwargs) -> dict[str, str | None]:
     return refusals(op.as_call(*args, **kwargs))
 
 
-def choose(call: AttentionCall, implementation: str | None) -> str:
-    """Name of the implementation to use.
+def choose(call: AttentionCall, implementation: str | None) -> tuple[str, ...]:
+    """Names of the implementations to use: one, or `xla` preceded by those that replace it on their platform.
 
     Raises:
       ValueError: for an unknown name.
-      NotImplementedError: when the named implementation, or every automatic one, refuses the call.
+      NotImplementedError: when the named implementation refuses the call.
     """
     reasons = refusals(call)
-    if implementation is not None and implementation not in reasons:
+    if implementation is None:
+        return (*(name for name in _AUTOMATIC.values() if reasons[name] is None), "xla")
+    if implementation not in reasons:
         raise ValueError(f"{implementation=} is unknown; choose from {', '.join(sorted(reasons))} or None")
-    candidates = _AUTOMATIC if implementation is None else (implementation,)
-    for name in candidates:
-        if reasons[name] is None:
-            return name
-    raise NotImplementedError("; ".join(f"{name}: {reasons[name]}" for name in candidates))
+    if reasons[implementation] is not None:
+        raise NotImplementedError(f"{implementation}: {reasons[implementation]}")
+    return (implementation,)
 
 
-def tile_size(length: int) -> int:
-    """Tokens per tile of the xla implementation: 256, or less where padding the last tile would cost more than 15 %."""
-    smallest = 8
-    while smallest < min(length, 64):
-        smallest *= 2
-    candidates = (
-        [size for size in (256, 128, 64) if size <= smallest or size < 2 * length] if smallest == 64 else [smallest]
-    )
-
-    def padded(size):
-        return -(-length // size) * size
-
-    return next(size for size in candidates if padded(size) <= 1.15 * min(map(padded, candidates)))
+def run(candidates: tuple[str, ...], direction: str, options, *arrays):
+    """Runs "forward" or "backward" of the candidate made for the platform that the program is compiled for."""
+    functions = {name: functools.partial(getattr(_OPERATIONS[name], direction), options) for name in candidates}
+    fallback = functions[candidates[-1]]
+    by_platform = {platform: functions[name] for platform, name in _AUTOMATIC.items() if name in candidates[:-1]}
+    if not by_platform:
+        return fallback(*arrays)
+    return jax.lax.platform_dependent(*arrays, default=fallback, **by_platform)

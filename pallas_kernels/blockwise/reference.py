@@ -7,7 +7,7 @@ bound.
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.call import AttentionCall
+from pallas_kernels.call import AttentionCall, Inputs, Options
 
 
 def refuses(call: AttentionCall) -> str | None:
@@ -38,29 +38,29 @@ def path_logits(q, k, w, beta):
     return jnp.moveaxis(jax.lax.scan(arrive, jnp.zeros_like(k), tokens)[1], 0, 3)
 
 
-def attention(call: AttentionCall):
+def attention(options: Options, inputs: Inputs):
     """Output [B, T, N, Hv] and log-sum-exp [B, N, T], in the accumulator dtype."""
-    dtype = call.accumulator_dtype
-    q, k, v = (x.astype(dtype) for x in (call.q, call.k, call.v))
+    dtype = inputs.accumulator_dtype
+    q, k, v = (x.astype(dtype) for x in (inputs.q, inputs.k, inputs.v))
     batch, length, num_heads, _ = q.shape
     kv_length, num_kv_heads = k.shape[1:3]
     q = q.reshape(batch, length, num_kv_heads, -1, q.shape[-1])
-    if call.w is None:
+    if inputs.w is None:
         logits = jnp.einsum("btkgh,bskh->bkgts", q, k)
     else:
-        logits = path_logits(q, k, call.w.astype(dtype), call.beta.astype(dtype))
-    logits = call.scale * logits.reshape(batch, num_heads, length, kv_length)
-    if call.log_forget is not None:
-        gate = jnp.moveaxis(jnp.cumsum(call.log_forget.astype(dtype), axis=1), 1, 2)
-        logits += call.gate_scale * (gate[:, :, kv_length - length :, None] - gate[:, :, None, :])
+        logits = path_logits(q, k, inputs.w.astype(dtype), inputs.beta.astype(dtype))
+    logits = options.scale * logits.reshape(batch, num_heads, length, kv_length)
+    if inputs.log_forget is not None:
+        gate = jnp.moveaxis(jnp.cumsum(inputs.log_forget.astype(dtype), axis=1), 1, 2)
+        logits += options.gate_scale * (gate[:, :, kv_length - length :, None] - gate[:, :, None, :])
 
     distance = jnp.arange(kv_length - length, kv_length)[:, None] - jnp.arange(kv_length)[None, :]
     mask = distance >= 0
-    if call.window is not None:
-        mask &= distance < call.window
-    if call.segment_ids is not None:
-        query_ids = call.segment_ids[:, kv_length - length :, None]
-        mask = (mask & (query_ids == call.segment_ids[:, None, :]) & (query_ids > 0))[:, None]
+    if options.window is not None:
+        mask &= distance < options.window
+    if inputs.segment_ids is not None:
+        query_ids = inputs.segment_ids[:, kv_length - length :, None]
+        mask = (mask & (query_ids == inputs.segment_ids[:, None, :]) & (query_ids > 0))[:, None]
     # A row that sees nothing gets logits 0 before the mask is applied again, so that neither value nor gradient is NaN.
     sees_something = mask.any(-1, keepdims=True)
     logits = jnp.where(mask, logits, jnp.where(sees_something, -jnp.inf, 0))

@@ -48,12 +48,6 @@ class Operands(NamedTuple):
     norms: pruning.Norms | None  # given when pruning
 
 
-def refuses(call) -> str | None:
-    """Every legal call is served."""
-    del call
-    return None
-
-
 @functools.lru_cache
 def tile_pairs(num_queries: int, num_keys: int, settings: Settings) -> np.ndarray:
     """Off-diagonal tiles a call may need: int rows (query tile, key tile, query row, key row).
@@ -73,20 +67,11 @@ def _in_window(distance, settings):
 
 
 def _gate(operands, settings, pairs, offset):
-    """Cumulative log gates inside each tile, and per pair the sum of the tiles strictly between its two tiles.
-
-    Gate differences are assembled from sums over the tiles they span, never as a difference of two sums over the whole
-    sequence, so their rounding error does not grow with T.
-    """
+    """Cumulative log gates inside each tile, and per pair the sum of the tiles strictly between its two tiles."""
     if operands.log_forget is None:
         return None, None
     inside = settings.gate_scale * jnp.cumsum(operands.log_forget, axis=-1)
-    total = inside[..., -1]
-    num_tiles = total.shape[0]
-    before = np.tri(num_tiles, k=-1, dtype=bool).reshape(num_tiles, num_tiles, *[1] * (total.ndim - 1))
-    after_b = jax.lax.cumsum(jnp.where(before, total, 0), axis=1, reverse=True)  # [a, b]: tiles b ... a - 1
-    between = after_b[pairs[:, 0] + offset, pairs[:, 1]] - total[pairs[:, 1]]
-    return inside, between
+    return inside, pruning.gate_between(inside[..., -1], pairs, offset)
 
 
 def _pair_is_needed(operands, settings, pairs, offset, between):
@@ -95,17 +80,19 @@ def _pair_is_needed(operands, settings, pairs, offset, between):
         return None
     needed = jnp.ones(len(pairs), bool)
     if operands.segment_ids is not None:
-        ids = operands.segment_ids
-        largest = ids.max(-1)
-        smallest = jnp.where(ids > 0, ids, jnp.iinfo(ids.dtype).max).min(-1)
-        query, key = pairs[:, 0] + offset, pairs[:, 1]
-        overlap = (smallest[query] <= largest[key]) & (smallest[key] <= largest[query])
-        needed &= overlap.any(-1)
+        needed &= pruning.documents_overlap(operands.segment_ids, pairs, offset).any(-1)
     if operands.norms is not None:
         first_gate = settings.gate_scale * operands.log_forget[pairs[:, 0] + offset, ..., 0]
-        bound = pruning.log_mass_bound(operands.norms, pairs, offset, settings.scale, between + first_gate)
-        num_keys = len(operands.value) * settings.tile_size
-        needed &= (bound > pruning.log_threshold(settings.prune_mass, num_keys)).any((-3, -2, -1))
+        carries_mass = pruning.carries_mass(
+            operands.norms,
+            pairs,
+            offset,
+            scale=settings.scale,
+            largest_gate=between + first_gate,
+            mass=settings.prune_mass,
+            num_keys=len(operands.value) * settings.tile_size,
+        )
+        needed &= carries_mass.any((-3, -2, -1))
     return needed
 
 

@@ -1,0 +1,610 @@
+"""Backward pass of PaTH attention inside a superchunk on TPU: attention to its own keys, frame tree and UT transform.
+
+One grid step per superchunk of S tokens and key/value head. It recomputes the linear stage of `chunk_forward` and walks
+it backwards in VMEM. Cotangents of level-indexed queries and keys never go to HBM.
+
+Attention, per tile of keys and queries, with p = exp2(s - lse): ds = p (dO V^T - Delta). Tiles are computed transposed,
+[keys, queries], so that the per-query statistics are rows, and only the query gradient needs a transposed operand.
+
+Frame tree, downwards, at a node with products P_l, P_r of its halves, queries x of the right half, keys y of the left:
+
+    dx = dx' P_l^T    dy = dy' P_r    dP_l = P_r^T dP' + x^T dx'    dP_r = dP' P_l^T + dy'^T y
+
+UT transform, in the notation of `transform`, with cotangents dQ', dK', dP of a block's results and dS of its logits:
+
+    dU = -(Y^T dQ' + W dP)        dAG = -(Y^T dS + W dK'^T)        [X Z] = T^T [dU dAG]
+    dbeta = rows of (X * U + Z * AG), summed, / beta
+    X <- D X    Z <- D Z    dN = -tril(X U^T + Z AG^T, -1)    dG = tril(Z, -1)    dY = -tril(dQ' U^T + dS AG^T)
+    dQ = dQ' + dS K + dY W        dK = dK' + dS^T Q + dG^T W
+    dW = X + (dN + dN^T) W + dG K + dY^T Q - U dP^T - AG dK'
+
+U and AG are proportional to beta, row by row, which makes the quotient well defined (beta is clamped to 1e-12) and free
+of the cancellation between dT and dM. T, Y, dU and dAG enter their products as hi + lo: with correlated w those sums
+cancel. Everything else is rounded once.
+
+All cotangents are kept in units of ln 2, those of the base-2 logits' operands; the factor is applied to the results.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.blockwise.tpu import lanes
+from pallas_kernels.blockwise.tpu.transform import (
+    BLOCK,
+    MASKED,
+    NT,
+    PAIR,
+    TN,
+    Versions,
+    block_rows,
+    dot,
+    drain,
+    gram_inverse,
+    halves,
+    interleave,
+    iota,
+    is_left,
+    key_level,
+    key_products,
+    product_shape,
+    product_slot,
+    query_level,
+    query_products,
+    roll,
+    solved_shape,
+    split,
+    twice,
+)
+
+_LN2, _LOG2E = 0.6931471805599453, 1.4426950408889634
+_TILE = 256  # keys of an attention tile
+_PAIR_RATIO = 0.6  # steps of the attention inside pairs per step of the levels above
+_SMALLEST_BETA = 1e-12
+_f32 = jnp.float32
+
+
+def _add(ref, index, x, is_first):
+    """Writes or accumulates one contribution of the query heads that share a key head."""
+    ref[index] = x if is_first else ref[index] + x
+
+
+def _own_lanes(block, rows=BLOCK):
+    """Lanes that hold a block in the [odd | even] order of the pair tiles."""
+    return ~is_left(rows) if block % 2 == 0 else is_left(rows)
+
+
+def _own_order(block, own, other):
+    """Weights whose rows `own` meet the own lanes of a block, and `other` the other lanes."""
+    return jnp.concatenate([other, own] if block % 2 == 0 else [own, other], 0)
+
+
+def _swap_blocks(x):
+    """Exchanges the rows of the two blocks of a pair."""
+    return jnp.concatenate([x[BLOCK:], x[:BLOCK]], 0)
+
+
+def _alternate(main, side, ratio):
+    """Emits `side` spread over `main`, `ratio` steps of side per step of main, then the rest of it."""
+    credit = 0.0
+    for _ in main:
+        yield
+        credit += ratio
+        while credit >= 1:
+            credit -= 1
+            next(side, None)
+            yield
+    yield from side
+
+
+@dataclasses.dataclass(frozen=True)
+class _Head:
+    """One query head in one superchunk: views of references named as in `chunk_backward`.
+
+    Attributes:
+      queries: `Versions` of its queries.
+      selected: output [S / 128, 128, 128]: per pair the rows [dY_e^T | dS_o^T], [dS_e^T | dY_o^T].
+      dgate: output [1, S] or None.
+      is_first: whether this head initialises what the heads of a group accumulate.
+    """
+
+    q: jax.Array
+    lse: jax.Array
+    delta: jax.Array
+    dout: jax.Array
+    dq_top: jax.Array
+    dq: jax.Array
+    gate: jax.Array | None
+    dgate: jax.Array | None
+    selected: jax.Array
+    queries: Versions
+    is_first: bool
+
+
+def _tile_weights(s, dp, head, refs, keys, queries):
+    """Weights p and ds [keys, queries] of a transposed tile, from its logits and V dO^T."""
+    width = queries.stop - queries.start
+    if head.gate is not None:
+        s = s - lanes.widen(refs["gate_columns"][keys], width)
+    if "segments" in refs:
+        same = lanes.widen(refs["segment_columns"][keys], width) == refs["segments"][0, :, queries]
+        s = jnp.where(same, s, MASKED)
+    p = jnp.exp2(s - head.lse[:, queries])
+    ds = p * (dp - head.delta[:, queries])
+    if head.gate is not None:
+        head.dgate[:, queries] += ds.sum(axis=0, keepdims=True)
+        slabs = [ds[:, i : i + PAIR] for i in range(0, width, PAIR)]
+        refs["dgate_columns"][keys] += functools.reduce(jnp.add, slabs)
+    return p, ds
+
+
+def _level_attention(level, head, refs, keys):
+    """Emits the attention of one level above the pairs: the queries of a right half see all keys of the left half."""
+    dtype, width, v = head.q.dtype, BLOCK << level, refs["v"].at[0]
+
+    def finish(s, dp, tokens, key_rows, query_tokens, query_rows):
+        p, ds = _tile_weights(s, dp, head, refs, tokens, query_tokens)
+        yield
+        p, ds = p.astype(v.dtype), ds.astype(dtype)
+        refs["dv_state"][tokens] += dot(p, head.dout[query_tokens])
+        yield
+        _add(refs["dkey_moving"], (level, key_rows), dot(ds, head.queries.moving[level, query_rows]), head.is_first)
+        yield
+        refs["dq_state"][query_tokens] += dot(ds, keys.moving[level, key_rows], TN)
+        yield
+
+    waiting = None
+    for start in range(0, head.q.shape[0], 2 * width):
+        first_query = start + width
+        query_tokens = slice(first_query, first_query + width)
+        query_rows = Versions.rows(level, first_query // BLOCK, 1 << level)
+        first_key_row = Versions.rows(level, start // BLOCK, 1 << level).start
+        size = min(width, _TILE)
+        for offset in range(0, width, size):
+            tokens = slice(start + offset, start + offset + size)
+            key_rows = slice(first_key_row + offset, first_key_row + offset + size)
+            s = dot(keys.moving[level, key_rows], head.queries.moving[level, query_rows], NT)
+            yield
+            dp = dot(v[tokens], head.dout[query_tokens], NT)
+            yield
+            if waiting is not None:
+                yield from finish(*waiting)
+            waiting = (s, dp, tokens, key_rows, query_tokens, query_rows)
+    yield from finish(*waiting)
+
+
+def _pair_attention(head, refs, scale):
+    """Emits the attention inside the pairs: weights, what they add to the keys, and dS (blocks: for unscaled queries)."""
+    dtype, v, left = head.q.dtype, refs["v"].at[0], is_left()
+    corner = (iota((PAIR, PAIR), 0) >= BLOCK) & (iota((PAIR, PAIR), 1) >= BLOCK)
+
+    def weigh(p, rows, dp):
+        weights, ds = _tile_weights(_swap_blocks(refs["logits"][p].T), dp, head, refs, rows, rows)
+        ds = _swap_blocks(ds)  # rows in the order of the columns of the pair tiles
+        return p, rows, weights.astype(v.dtype), ds
+
+    def finish(p, rows, weights, ds):
+        refs["dv_state"][rows] += dot(weights, head.dout[rows])
+        yield
+        refs["ds"][p] = jnp.where(corner, ds, ds * scale).astype(dtype).T
+        to_key = jnp.where(left, 0.0, ds[BLOCK:]).astype(dtype)
+        query = head.queries.moving[0, Versions.rows(0, 2 * p + 1)]
+        _add(refs["dkey_moving"], (0, Versions.rows(0, 2 * p)), dot(to_key, twice(query)), head.is_first)
+        yield
+
+    waiting = None
+    for p in range(refs["logits"].shape[0]):
+        rows = slice(PAIR * p, PAIR * p + PAIR)
+        dp = dot(v[rows], head.dout[rows], NT)
+        yield
+        weighed = weigh(p, rows, dp)
+        yield
+        if waiting is not None:
+            yield from finish(*waiting)
+        waiting = weighed
+    yield from finish(*waiting)
+
+
+def _corners_backward(head, refs, keys):
+    """Emits what the even block of each pair adds to the queries of the odd block, below level 0 of the tree."""
+    left = is_left()
+    for p in range(refs["ds"].shape[0]):
+        ds = jnp.where(left, 0.0, refs["ds"][p, BLOCK:].astype(_f32)).astype(head.q.dtype)
+        refs["dq_state"][block_rows(2 * p + 1)] += dot(ds, twice(keys.moving[0, Versions.rows(0, 2 * p)]))
+        yield
+
+
+def _query_level_backward(level, head, refs):
+    """Emits dx = dx' P_l^T in place and the queries' part of dP_l."""
+    products, state = refs["products"], refs["dq_state"]
+    (length, head_dim), dtype, count = state.shape, head.q.dtype, 1 << level
+    num_blocks = length // BLOCK
+    for s in range(num_blocks >> (level + 1)):
+        block = 2 * count * s + count
+        slot = product_slot(level, 2 * s, num_blocks)
+        dx = state[block_rows(block, count)].astype(dtype)
+        state[block_rows(block, count)] = dot(dx, products[slot, :, :head_dim], NT)
+        yield
+        x = head.queries.moving[level, Versions.rows(level, block, count)]
+        _add(refs["dproducts"], slot, dot(x, dx, TN), head.is_first)
+        yield
+
+
+def _query_transform_backward(head, refs, scale):
+    """Emits dQ, the head's `selected` and its part of -dU and -dAG, from dQ' (in `dq_state`) and dS."""
+    w, k, q, solved, ds = refs["w_before"], refs["k_before"], head.q, refs["solved"], refs["ds"]
+    (length, head_dim), dtype, left = q.shape, q.dtype, is_left()
+    pairs, blocks = range(length // PAIR), range(length // BLOCK)
+    row, column = iota((BLOCK, PAIR), 0), iota((BLOCK, PAIR), 1) & (BLOCK - 1)
+
+    def ds_rows(b):
+        return ds[b // 2, block_rows(b % 2)]
+
+    y_transposed = {}
+    for p in pairs:
+        rows = slice(PAIR * p, PAIR * p + PAIR)
+        gram = dot(w[rows], q[rows], NT)
+        yield
+        gram = jnp.where(row <= column, jnp.where(left, gram[:BLOCK], gram[BLOCK:]), 0.0)
+        y_transposed[2 * p], y_transposed[2 * p + 1] = halves(gram, dtype)
+    dq = {}
+    for b in blocks:
+        dq[b] = (refs["dq_state"][block_rows(b)] * scale).astype(dtype)
+        operand = twice(jnp.concatenate([dq[b], ds_rows(b)], 1))
+        _add(refs["dsolved"], b, dot(y_transposed[b], operand), head.is_first)
+        yield
+    dy = {}
+    for b in blocks:
+        operand = twice(jnp.concatenate([solved[b, :, :head_dim], refs["ag_own"][b]], 1))
+        product = dot(jnp.concatenate([dq[b], ds_rows(b)], 1), operand, NT)
+        dy[b] = jnp.where(column <= row, -product, 0.0)
+        yield
+    for p in pairs:
+        both = []
+        for b in (2 * p, 2 * p + 1):
+            selected = jnp.where(_own_lanes(b), ds_rows(b).astype(_f32), dy[b]).astype(dtype)
+            operand = _own_order(b, k[block_rows(b)], w[block_rows(b)])
+            result = refs["dq_state"][block_rows(b)] * scale + dot(selected, operand)
+            head.dq[block_rows(b)] = (result * _LN2).astype(head.dq.dtype)
+            both.append(selected)
+            yield
+        head.selected[p] = jnp.concatenate(both, 0).T
+        yield
+
+
+def _upper_levels(head, refs, keys):
+    """Emits the levels above the pairs, from the top: the tree's backward step, then the attention of the level."""
+    for level in reversed(range(1, keys.num_levels)):
+        yield from _query_level_backward(level, head, refs)
+        yield from _level_attention(level, head, refs, keys)
+
+
+def _query_backward(head, refs, keys, scale):
+    """Emits everything of one query head."""
+    yield from query_products(
+        head.q, refs["w_before"], refs["k_before"], refs["solved"], keys, head.queries, refs["logits"], scale=scale
+    )
+    for level in range(keys.num_levels - 1):
+        yield from query_level(level, head.queries, refs["products"])
+    refs["dq_state"][...] = head.dq_top[...].astype(_f32)
+    if head.gate is not None:
+        refs["gate_columns"][...] = lanes.to_columns(head.gate[...])
+        refs["dgate_columns"][...] = jnp.zeros(refs["dgate_columns"].shape, _f32)
+        head.dgate[...] = jnp.zeros(head.dgate.shape, _f32)
+    yield from _alternate(_upper_levels(head, refs, keys), _pair_attention(head, refs, scale), _PAIR_RATIO)
+    yield from _query_level_backward(0, head, refs)
+    yield from _corners_backward(head, refs, keys)
+    if head.gate is not None:
+        for start in range(0, head.q.shape[0], PAIR):
+            tokens = slice(start, start + PAIR)
+            head.dgate[:, tokens] -= refs["dgate_columns"][tokens].T.sum(axis=0, keepdims=True)
+    yield from _query_transform_backward(head, refs, scale)
+
+
+def _key_levels_backward(refs, keys):
+    """Emits dy and dP of all levels, from the top to the blocks."""
+    products, dproducts, state = refs["products"], refs["dproducts"], refs["dk_state"]
+    (length, head_dim), dtype = state.shape, products.dtype
+    num_blocks = length // BLOCK
+    for level in reversed(range(keys.num_levels)):
+        count = 1 << level
+        for s in range(num_blocks >> (level + 1)):
+            slots = [product_slot(level, 2 * s + i, num_blocks) for i in (0, 1)]
+            left, right = (products[slot, :, :head_dim] for slot in slots)
+            if level + 1 == keys.num_levels:
+                dproduct = refs["dtransition"][0, 0]
+            else:
+                dproduct = dproducts[product_slot(level + 1, s, num_blocks)]
+            dproduct = dproduct.astype(dtype)
+            block = 2 * count * s
+            rows, moving = block_rows(block, count), Versions.rows(level, block, count)
+            dy = state[rows].astype(dtype)
+            dproducts[slots[0]] += dot(right, dproduct, TN)
+            yield
+            dproducts[slots[1]] = dot(dproduct, left, NT) + dot(dy, keys.moving[level, moving], TN)
+            yield
+            state[rows] = dot(dy, right) + refs["dkey_moving"][level, moving]
+            yield
+
+
+def _key_transform_backward(heads, refs):
+    """Emits dK, dW and dbeta from dK' (in `dk_state`), dP and the heads' contributions."""
+    w, k, solved = refs["w_before"], refs["k_before"], refs["solved"]
+    (length, head_dim), dtype, left = w.shape, w.dtype, is_left()
+    pairs, blocks = range(length // PAIR), range(length // BLOCK)
+    row, column = iota((BLOCK, PAIR), 0), iota((BLOCK, PAIR), 1) & (BLOCK - 1)
+    beta = refs["beta_before"][...]
+    beta_columns = beta.T
+
+    def at_block(tiles, b):
+        return tiles[b // 2][block_rows(b % 2)]
+
+    t_transposed, dk, w_dk = {}, {}, {}
+    for p in pairs:
+        rows = slice(PAIR * p, PAIR * p + PAIR)
+        t_transposed[p] = jnp.concatenate(split(refs["t"][p], dtype), 0).astype(dtype).T
+        both = refs["dk_state"][rows].astype(dtype)
+        dk[2 * p], dk[2 * p + 1] = both[:BLOCK], both[BLOCK:]
+        w_dk[p] = dot(w[rows], _swap_blocks(both), NT)
+        yield
+    right_hand, dp = {}, {}
+    for b in blocks:
+        own = _own_lanes(b)
+        dp[b] = refs["dproducts"][b].astype(dtype)
+        du = split(refs["dsolved"][b, :, :head_dim] + dot(w[block_rows(b)], dp[b]), dtype)
+        dag = jnp.where(own & (column < row), refs["dsolved"][b, :, head_dim:] + at_block(w_dk, b), 0.0)
+        hi, lo = split(dag, dtype)
+        right_hand[b] = jnp.concatenate([*du, hi + roll(lo, BLOCK)], 1).astype(dtype)
+        yield
+    x, z = {}, {}
+    for b in blocks:
+        product = dot(at_block(t_transposed, b), twice(right_hand[b]))
+        x[b] = product[:, :head_dim] + product[:, head_dim : 2 * head_dim]
+        z[b] = product[:, 2 * head_dim :]
+        z[b] += roll(z[b], BLOCK)
+        yield
+    for p in pairs:
+        sums = []
+        for b in (2 * p, 2 * p + 1):
+            u = solved[b, :, :head_dim].astype(_f32) + solved[b, :, head_dim : 2 * head_dim].astype(_f32)
+            terms = x[b] * u
+            terms = [terms[:, i : i + PAIR] for i in range(0, head_dim, PAIR)]
+            sums.append(functools.reduce(jnp.add, terms, z[b] * refs["ag_own"][b].astype(_f32)))
+        total = jnp.concatenate(sums, 0).T.sum(axis=0, keepdims=True)
+        refs["dbeta"][0, 0, p : p + 1] = total * (-_LN2 / beta[p : p + 1])
+        yield
+    dn, dg = {}, {}
+    for b in blocks:
+        scale = beta_columns[block_rows(b % 2), b // 2 : b // 2 + 1]
+        x[b], z[b] = x[b] * scale, z[b] * scale
+        operand = twice(jnp.concatenate([solved[b, :, :head_dim], refs["ag_own"][b]], 1))
+        product = dot(jnp.concatenate([x[b], z[b]], 1).astype(dtype), operand, NT)
+        dn[b] = jnp.where(column < row, product, 0.0)
+        dg[b] = jnp.where(column < row, -z[b], 0.0)
+        yield
+    transposed = {}
+    for p in pairs:
+        even, odd = 2 * p, 2 * p + 1
+        both = [jnp.where(left, dn[even], dg[odd]), jnp.where(left, dg[even], dn[odd])]
+        transposed[p] = jnp.concatenate(both, 0).astype(dtype).T  # [dN_e^T | dG_e^T], [dG_o^T | dN_o^T]
+        yield
+    for b in blocks:
+        rows, own = block_rows(b), _own_lanes(b)
+        own_transposed = at_block(transposed, b).astype(_f32)
+        gradient = jnp.where(own, dg[b], dn[b] + own_transposed).astype(dtype)
+        dw = dot(gradient, _own_order(b, k[rows], w[rows])) - x[b] - dot(solved[b, :, :head_dim], dp[b], NT)
+        dk_sum = refs["dk_state"][rows]
+        for g, head in enumerate(heads):
+            of_logits, of_y = (head.selected[b // 2, block_rows(i)].astype(_f32) for i in (1 - b % 2, b % 2))
+            dag, key = -refs["ag_own"][b].astype(_f32), dk[b]
+            other, weight = own_transposed, w[rows]
+            if g:
+                dag, other, key, weight = 0.0, 0.0, head.q[rows], head.q[rows]
+            dw += dot(jnp.where(own, dag, of_y).astype(dtype), _own_order(b, key, head.q[rows]))
+            dk_sum += dot(jnp.where(own, other, of_logits).astype(dtype), _own_order(b, weight, head.q[rows]))
+        refs["dw"][0, rows] = (dw * _LN2).astype(refs["dw"].dtype)
+        refs["dk"][0, rows] = (dk_sum * _LN2).astype(refs["dk"].dtype)
+        yield
+
+
+def _kernel(*refs, names, scale, base, ratio):
+    refs = dict(zip(names, refs))
+    group, w, k = refs["q"].shape[1], refs["w_before"], refs["k_before"]
+    keys = Versions(refs["key_moving"], refs["key_last"], 0)
+
+    def head(g, is_first=False):
+        view = lambda name: refs[name].at[0, g] if name in refs else None
+        names = ("q", "lse", "delta", "dout", "dq_top", "dq", "gate", "dgate")
+        queries = Versions(refs["query_moving"], refs["query_last"], 1)
+        return _Head(**{n: view(n) for n in names}, selected=refs["selected"].at[g], queries=queries, is_first=is_first)
+
+    def previous_keys():
+        yield from key_products(w, k, refs["a"], refs["g"], refs["solved"], refs["products"], keys)
+        for b in range(w.shape[0] // BLOCK):
+            ag = refs["solved"][b, :, 2 * w.shape[1] :].astype(_f32)
+            ag = jnp.where(_own_lanes(b), jnp.where(is_left(), ag, roll(ag, BLOCK)), 0.0)
+            refs["ag_own"][b] = ag.astype(w.dtype)
+        for level in range(keys.num_levels - 1):
+            yield from key_level(level, keys, refs["products"])
+        refs["dv_state"][...] = refs["dv_later"][0]
+        refs["dk_state"][...] = refs["dk_top"][0].astype(_f32)
+        if "segments" in refs:
+            columns = lanes.to_columns(refs["segments"][0].astype(_f32)).astype(jnp.int32)
+            refs["segment_columns"][...] = jnp.where(columns > 0, columns, -1)  # padding matches nothing
+
+    def previous_gradients():
+        yield from _key_levels_backward(refs, keys)
+        yield from _key_transform_backward([head(g) for g in range(group)], refs)
+        refs["dv"][0] = refs["dv_state"][...].astype(refs["dv"].dtype)
+
+    def previous_superchunk():
+        yield from previous_keys()
+        yield from _query_backward(head(0, True), refs, keys, scale)
+        if group > 1:
+
+            def other_head(g, carry):
+                drain(_query_backward(head(g), refs, keys, scale))
+                return carry
+
+            lax.fori_loop(1, group, other_head, 0)
+        yield from previous_gradients()
+
+    inversion = gram_inverse(refs["w"].at[0], refs["k"].at[0], refs["beta"][0, 0], base=base)
+    inverses, grams = interleave(inversion, previous_superchunk(), ratio)
+    for p, (inverse, gram) in enumerate(zip(inverses, grams)):
+        refs["t"][p] = inverse
+        refs["a"][p] = inverse * refs["beta"][0, 0, p : p + 1]
+        refs["g"][p] = gram
+    w[...], k[...], refs["beta_before"][...] = refs["w"][0], refs["k"][0], refs["beta"][0, 0]
+
+
+def chunk_backward(
+    q,
+    k,
+    v,
+    w,
+    beta,
+    gate,
+    segment_ids,
+    lse,
+    delta,
+    dout,
+    dq_top,
+    dk_top,
+    dtransition,
+    dv,
+    *,
+    scale,
+    superchunk,
+    cores=1,
+    vmem_limit=64,
+    base=16,
+    ratio=4.0,
+    interpret=False,
+):
+    """Gradients of `chunk_forward`, and of its attention as part of the attention to all superchunks.
+
+    In-superchunk weights are p_ij = exp2(s_ij - lse_i), with lse over all superchunks, and logits get the gradient
+    ds_ij = p_ij (dout_i v_j^T - delta_i), in natural units.
+
+    Args:
+      q, k, v, w, beta, gate, segment_ids: as in `chunk_forward`.
+      lse: float32 [BK, G, 1, T], base-2 log-sum-exp of whole rows, without the gate of the query; 1e30 in empty rows.
+      delta: float32 [BK, G, 1, T], sum_v dout out - dlse, dlse the cotangent of the natural log-sum-exp.
+      dout: [BK, G, T, Hv], dtype of v.
+      dq_top, dk_top, dtransition: cotangents of the results of `chunk_forward` divided by ln 2, i.e. sums of ds times
+        base-2 operands: [BK, G, T, H] and [BK, T, H] in the dtype of q, float32 [BK, T / S, H, H].
+      dv: float32 [BK, T, Hv], contribution of the queries of later superchunks.
+      scale, superchunk, cores, vmem_limit, base, interpret: as in `chunk_forward`.
+      ratio: steps of the previous superchunk emitted per step of the inversion.
+
+    Returns:
+      dq [BK, G, T, H], dk, dw [BK, T, H], dv [BK, T, Hv] in the dtypes of the inputs, dbeta float32 [BK, T], and dgate
+      float32 [BK, G, T]: row sums minus column sums of ds, or None without gate.
+    """
+    heads, group, length, head_dim = q.shape
+    v_dim, dtype = v.shape[-1], q.dtype
+    num_chunks, pairs, num_blocks = length // superchunk, superchunk // PAIR, superchunk // BLOCK
+    num_levels = num_blocks.bit_length() - 1
+    total = heads * num_chunks
+    cores = cores if total % cores == 0 else 1
+    per_core = total // cores
+    beta_rows = max(8, pairs)
+
+    def spec(shape, index, lag=1):
+        """Block of the superchunk of this step (lag 0) or of the previous one (lag 1); `index` gets head and chunk."""
+
+        def block_index(core, step):
+            flat = core * per_core + jnp.clip(step - lag, 0, per_core - 1)
+            return index(lax.div(flat, num_chunks), lax.rem(flat, num_chunks))
+
+        return pl.BlockSpec(shape, block_index)
+
+    def rows(width, lag=1):
+        return spec((1, superchunk, width), lambda h, c: (h, c, 0), lag)
+
+    def grouped_rows(width):
+        return spec((1, group, superchunk, width), lambda h, c: (h, 0, c, 0))
+
+    statistics = spec((1, group, 1, superchunk), lambda h, c: (h, 0, 0, c))
+    whole = lambda h, c: (h, c, 0, 0)
+    beta = jnp.maximum(beta, _SMALLEST_BETA).reshape(heads, num_chunks, pairs, PAIR)
+    beta = jnp.pad(beta, [(0, 0), (0, 0), (0, beta_rows - pairs), (0, 0)])
+    inputs = {
+        "w": (w, rows(head_dim, 0)),
+        "k": (k, rows(head_dim, 0)),
+        "beta": (beta, spec((1, 1, beta_rows, PAIR), whole, 0)),
+        "q": (q, grouped_rows(head_dim)),
+        "v": (v, rows(v_dim)),
+        "lse": (lse, statistics),
+        "delta": (delta, statistics),
+        "dout": (dout, grouped_rows(v_dim)),
+        "dq_top": (dq_top, grouped_rows(head_dim)),
+        "dk_top": (dk_top, rows(head_dim)),
+        "dtransition": (dtransition, spec((1, 1, head_dim, head_dim), whole)),
+        "dv_later": (dv, rows(v_dim)),
+    }
+    outputs = {
+        "dq": (q.shape, dtype, grouped_rows(head_dim)),
+        "dk": (k.shape, k.dtype, rows(head_dim)),
+        "dw": (w.shape, w.dtype, rows(head_dim)),
+        "dv": (v.shape, v.dtype, rows(v_dim)),
+        "dbeta": ((heads, num_chunks, pairs, PAIR), _f32, spec((1, 1, pairs, PAIR), whole)),
+    }
+    tile = (pairs, PAIR, PAIR)
+    moving = (num_levels, superchunk // 2, head_dim)
+    scratch = {
+        "w_before": ((superchunk, head_dim), dtype),
+        "k_before": ((superchunk, head_dim), dtype),
+        "beta_before": ((beta_rows, PAIR), _f32),
+        "t": ((pairs, BLOCK, PAIR), _f32),
+        "a": ((pairs, BLOCK, PAIR), _f32),
+        "g": ((pairs, BLOCK, PAIR), _f32),
+        "solved": (solved_shape(num_blocks, head_dim), dtype),
+        "ag_own": ((num_blocks, BLOCK, PAIR), dtype),
+        "products": (product_shape(num_blocks, head_dim, dtype), dtype),
+        "key_moving": (moving, dtype),
+        "key_last": ((superchunk, head_dim), dtype),
+        "query_moving": (moving, dtype),
+        "query_last": ((superchunk, head_dim), dtype),
+        "logits": (tile, _f32),
+        "ds": (tile, dtype),
+        "selected": ((group, *tile), dtype),
+        "dsolved": ((num_blocks, BLOCK, head_dim + PAIR), _f32),
+        "dproducts": ((2 * num_blocks - 2, head_dim, head_dim), _f32),
+        "dkey_moving": (moving, _f32),
+        "dq_state": ((superchunk, head_dim), _f32),
+        "dk_state": ((superchunk, head_dim), _f32),
+        "dv_state": ((superchunk, v_dim), _f32),
+    }
+    if gate is not None:
+        inputs["gate"] = (gate[:, :, None], statistics)
+        outputs["dgate"] = ((heads, group, 1, length), _f32, statistics)
+        scratch["gate_columns"] = scratch["dgate_columns"] = ((superchunk, PAIR), _f32)
+    if segment_ids is not None:
+        per_row = heads // segment_ids.shape[0]
+        segments = spec((1, 1, superchunk), lambda h, c: (lax.div(h, per_row), 0, c))
+        inputs["segments"] = (segment_ids[:, None], segments)
+        scratch["segment_columns"] = ((superchunk, PAIR), jnp.int32)
+    results = pl.pallas_call(
+        functools.partial(_kernel, names=(*inputs, *outputs, *scratch), scale=scale * _LOG2E, base=base, ratio=ratio),
+        grid=(cores, per_core + 1),
+        in_specs=[block for _, block in inputs.values()],
+        out_specs=[block for *_, block in outputs.values()],
+        out_shape=[jax.ShapeDtypeStruct(shape, kind) for shape, kind, _ in outputs.values()],
+        scratch_shapes=[pltpu.VMEM(shape, kind) for shape, kind in scratch.values()],
+        name="path_chunk_backward",
+        interpret=interpret,
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=vmem_limit << 20
+        ),
+    )(*[x for x, _ in inputs.values()])
+    results = dict(zip(outputs, results))
+    dgate = results["dgate"].reshape(heads, group, length) if gate is not None else None
+    dbeta = results["dbeta"].reshape(heads, length)
+    return results["dq"], results["dk"], results["dw"], results["dv"], dbeta, dgate

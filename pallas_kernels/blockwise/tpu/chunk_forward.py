@@ -1,0 +1,305 @@
+"""Forward pass of PaTH attention inside a superchunk on TPU: linear stage and attention to the superchunk's own keys.
+
+One grid step per superchunk of S tokens and key/value head keeps everything of the superchunk in VMEM. What leaves it:
+the queries in the frame of the superchunk's start and the keys in that of its end, the product of its Householder
+matrices, and the normalised attention over its own keys, which the kernel between superchunks continues.
+
+A 128-row block of queries sees its pair tile and, per set bit of its index, one sibling segment of the frame tree with
+that level's versions: a single softmax, no mask off the diagonal, 56 % of the logits of a square for S = 1024.
+
+The steps are software pipelined: step i inverts the triangular matrices of superchunk i, which is bound by latency, and
+does everything else for superchunk i - 1, which is bound by the matrix unit, both in one instruction stream.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.blockwise.tpu import lanes
+from pallas_kernels.blockwise.tpu.transform import (
+    BLOCK,
+    MASKED,
+    NT,
+    PAIR,
+    Versions,
+    dot,
+    drain,
+    gram_inverse,
+    interleave,
+    key_level,
+    key_products,
+    product_shape,
+    query_level,
+    query_products,
+    solved_shape,
+)
+
+_LOG2E = 1.4426950408889634
+_EMPTY_LSE = -1e30
+_f32 = jnp.float32
+
+
+def _siblings(pair, num_levels):
+    """(level, first row of the queries, first row of the keys, first token, width) of the segments a pair sees."""
+    for level in range(1, num_levels):
+        if pair >> (level - 1) & 1:
+            first_block = (2 * pair >> (level + 1)) << (level + 1)
+            query_rows = Versions.rows(level, 2 * pair, 2)
+            key_rows = Versions.rows(level, first_block, 1 << level)
+            yield level, query_rows, key_rows, BLOCK * first_block, BLOCK << level
+
+
+def _reduce_lanes(function, parts):
+    """Reduces [128, width] arrays to one [128, 128], so that only one slow reduction over lanes follows."""
+    tiles = [x[:, i : i + PAIR] for x in parts for i in range(0, x.shape[1], PAIR)]
+    return functools.reduce(function, tiles)
+
+
+def _attention(queries, keys, logits, v, gate, segments, out, lse):
+    """Emits the attention of a superchunk's queries of one head to its own keys.
+
+    Args:
+      queries, keys: `Versions` of all levels.
+      logits: float32 [S / 128, 128, 128] of the pairs, keys as [odd | even].
+      v: [S, Hv].
+      gate: float32 [S / 128, 128] or None.
+      segments: int32 [at least 8, 128] or None.
+      out, lse: output references [S, Hv] and [S / 128, 128].
+    """
+    segment_columns = None if segments is None else segments[...].T
+
+    def visible(pair, x, key_pair, swap):
+        """Applies gate and segments to 128 columns, the keys of `key_pair` (odd block first if `swap`)."""
+        shift = BLOCK if swap else 0
+        if gate is not None:
+            row = gate[key_pair : key_pair + 1]
+            x = x - (pltpu.roll(row, shift, 1) if swap else row)
+        if segments is not None:
+            row = segments[key_pair : key_pair + 1]
+            row = pltpu.roll(row, shift, 1) if swap else row
+            x = jnp.where(segment_columns[:, pair : pair + 1] == row, x, MASKED)
+        return x
+
+    def scores(pair):
+        """Logits as a list of [128, width] with the first token and width of each."""
+        parts = [visible(pair, logits[pair], pair, True)]
+        for level, query_rows, key_rows, start, width in _siblings(pair, queries.num_levels):
+            x = dot(queries.moving[level, query_rows], keys.moving[level, key_rows], NT)
+            if gate is not None or segments is not None:
+                slabs = [visible(pair, x[:, i : i + PAIR], (start + i) // PAIR, False) for i in range(0, width, PAIR)]
+                x = jnp.concatenate(slabs, 1)
+            parts.append(x)
+            yield
+        return parts
+
+    def output(pair, parts):
+        maximum = _reduce_lanes(jnp.maximum, parts).max(axis=1, keepdims=True)
+        weights = [jnp.exp2(x - maximum) for x in parts]
+        yield
+        total = _reduce_lanes(jnp.add, weights).sum(axis=1, keepdims=True)
+        rows = slice(PAIR * pair, PAIR * pair + PAIR)
+        middle = PAIR * pair + BLOCK
+        values = [jnp.concatenate([v[middle : rows.stop], v[rows.start : middle]], 0)]
+        values += [v[start : start + width] for *_, start, width in _siblings(pair, queries.num_levels)]
+        o = functools.reduce(jnp.add, [dot(p.astype(v.dtype), x) for p, x in zip(weights, values)])
+        o = o * (1.0 / total)
+        row_lse = maximum + jnp.log2(total)
+        if segments is not None:
+            live = segment_columns[:, pair : pair + 1] > 0
+            o, row_lse = jnp.where(live, o, 0.0), jnp.where(live, row_lse, _EMPTY_LSE)
+        out[rows] = o
+        lse[pair : pair + 1] = lanes.to_row(jnp.broadcast_to(row_lse, (PAIR, PAIR)))
+        yield
+
+    waiting = None
+    for pair in range(queries.top.shape[0] // PAIR):
+        parts = yield from scores(pair)
+        if waiting is not None:
+            yield from output(*waiting)
+        waiting = (pair, parts)
+    yield from output(*waiting)
+
+
+def _kernel(*refs, names, scale, base, ratio):
+    refs = dict(zip(names, refs))
+    group = refs["q"].shape[1]
+    w, k = refs["w"].at[0], refs["k"].at[0]
+    keys = Versions(refs["key_moving"], refs["k_top"].at[0], 0, refs["key_fixed"])
+
+    def queries_of(g):
+        return Versions(refs["query_moving"].at[g], refs["q_top"].at[0, g], 1, refs["query_fixed"].at[g])
+
+    def attention_of(g):
+        return _attention(
+            queries_of(g),
+            keys,
+            refs["logits"].at[g],
+            refs["v"].at[0],
+            refs["gate"].at[0, g, 0] if "gate" in refs else None,
+            refs["segments"].at[0, 0] if "segments" in refs else None,
+            refs["out"].at[0, g],
+            refs["lse"].at[0, g, 0],
+        )
+
+    def previous_superchunk():
+        for level in range(keys.num_levels):
+            yield from key_level(level, keys, refs["products"], refs["transition"].at[0, 0])
+            yield from query_level(level, queries_of(0), refs["products"])
+        yield from attention_of(0)
+
+    def previous_superchunk_of(g):
+        for level in range(keys.num_levels):
+            yield from query_level(level, queries_of(g), refs["products"])
+        yield from attention_of(g)
+
+    def products_of(g):
+        return query_products(
+            refs["q"].at[0, g], w, k, refs["solved"], keys, queries_of(g), refs["logits"].at[g], scale=scale
+        )
+
+    beta = refs["beta"][0, 0]
+    inverses, grams = interleave(gram_inverse(w, k, beta, base=base), previous_superchunk(), ratio)
+    _for_other_heads(previous_superchunk_of, group)
+    a = [inverse * beta[p : p + 1] for p, inverse in enumerate(inverses)]
+    drain(key_products(w, k, a, grams, refs["solved"], refs["products"], keys))
+    drain(products_of(0))
+    _for_other_heads(products_of, group)
+
+
+def _for_other_heads(steps_of, group):
+    """Runs the steps of heads 1, 2, ... of the group as a loop: unrolled, the code would grow with the group."""
+    if group > 1:
+        lax.fori_loop(1, group, lambda g, _: drain(steps_of(g)), None)
+
+
+def _pad_rows(x, rows):
+    """Pads the second last axis of [..., r, 128] with zeros to a whole register tile."""
+    return jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, max(0, rows - x.shape[-2])), (0, 0)])
+
+
+def chunk_forward(
+    q,
+    k,
+    v,
+    w,
+    beta,
+    gate=None,
+    segment_ids=None,
+    *,
+    scale,
+    superchunk,
+    cores=1,
+    vmem_limit=64,
+    base=16,
+    ratio=1.0,
+    interpret=False,
+):
+    """Linear stage of every superchunk, and attention of its queries to its own keys.
+
+    With H_t = I - beta_t w_t^T w_t and raw_ij = q_i H_i ... H_{j+1} k_j^T, the base-2 logits are
+    s_ij = scale log2(e) raw_ij - c_j for i, j of one superchunk, j <= i and equal positive segment ids.
+
+    Args:
+      q: [BK, G, T, H], bfloat16 or float32 like k, w and v; T a multiple of `superchunk`, H of 128.
+      k, w: [BK, T, H], beta |w|^2 <= 2.
+      v: [BK, T, Hv], Hv a multiple of 128.
+      beta: float32 [BK, T].
+      gate: float32 [BK, G, T], c, the inclusive sum of base-2 log gates since the start of the superchunk; or None.
+      segment_ids: int32 [B, T], rows b of q, k, v belong to segment row b // (BK / B); or None.
+      scale: of the logits, natural units.
+      superchunk: S, a power of two, at least 128.
+      cores: cores that share the list of (head, superchunk); 1 if it does not divide.
+      vmem_limit: MiB of VMEM the compiler may use.
+      base: size of the triangular blocks inverted by substitution.
+      ratio: steps of the previous superchunk emitted per step of the inversion.
+      interpret: runs in the interpreter.
+
+    Returns:
+      q_top [BK, G, T, H]: scale log2(e) q in the frame of the superchunk's start, dtype of q.
+      k_top [BK, T, H]: k in the frame of its end, dtype of q.
+      transition: float32 [BK, T / S, H, H], H_last ... H_first of the superchunk (for row vectors).
+      out: float32 [BK, G, T, Hv], normalised; 0 in rows that see no key.
+      lse: float32 [BK, G, 1, T], base-2 log-sum-exp of s; -1e30 in rows that see no key.
+    """
+    heads, group, length, head_dim = q.shape
+    v_dim, dtype = v.shape[-1], q.dtype
+    num_chunks, pairs, num_blocks = length // superchunk, superchunk // PAIR, superchunk // BLOCK
+    num_levels = num_blocks.bit_length() - 1
+    total = heads * num_chunks
+    cores = cores if total % cores == 0 else 1
+    per_core = total // cores
+
+    def by_chunk(x):
+        """[..., T] -> [..., T / S, S / 128, 128], one row per pair."""
+        return x.reshape(*x.shape[:-1], num_chunks, pairs, PAIR)
+
+    def spec(shape, index, lag):
+        """Block of the superchunk of this step (lag 0) or of the previous one (lag 1); `index` gets head and chunk."""
+
+        def block_index(core, step):
+            flat = core * per_core + jnp.clip(step - lag, 0, per_core - 1)
+            return index(lax.div(flat, num_chunks), lax.rem(flat, num_chunks))
+
+        return pl.BlockSpec(shape, block_index)
+
+    rows = lambda h, c: (h, c, 0)
+    grouped_rows = lambda h, c: (h, 0, c, 0)
+    inputs = {
+        "w": (w, spec((1, superchunk, head_dim), rows, 0)),
+        "k": (k, spec((1, superchunk, head_dim), rows, 0)),
+        "beta": (
+            _pad_rows(by_chunk(beta), 8),
+            spec((1, 1, max(8, pairs), PAIR), lambda h, c: (h, c, 0, 0), 0),
+        ),
+        "q": (q, spec((1, group, superchunk, head_dim), grouped_rows, 0)),
+        "v": (v, spec((1, superchunk, v_dim), rows, 1)),
+    }
+    if gate is not None:
+        inputs["gate"] = (by_chunk(gate), spec((1, group, 1, pairs, PAIR), lambda h, c: (h, 0, c, 0, 0), 1))
+    if segment_ids is not None:
+        per_row = heads // segment_ids.shape[0]
+        ids = _pad_rows(by_chunk(segment_ids), 8)
+        index = lambda h, c: (lax.div(h, per_row), c, 0, 0)
+        inputs["segments"] = (ids, spec((1, 1, max(8, pairs), PAIR), index, 1))
+    outputs = {
+        "q_top": ((heads, group, length, head_dim), dtype, spec((1, group, superchunk, head_dim), grouped_rows, 1)),
+        "k_top": ((heads, length, head_dim), dtype, spec((1, superchunk, head_dim), rows, 1)),
+        "transition": (
+            (heads, num_chunks, head_dim, head_dim),
+            _f32,
+            spec((1, 1, head_dim, head_dim), lambda h, c: (h, c, 0, 0), 1),
+        ),
+        "out": ((heads, group, length, v_dim), _f32, spec((1, group, superchunk, v_dim), grouped_rows, 1)),
+        "lse": (
+            (heads, group, num_chunks, pairs, PAIR),
+            _f32,
+            spec((1, group, 1, pairs, PAIR), lambda h, c: (h, 0, c, 0, 0), 1),
+        ),
+    }
+    scratch = {
+        "solved": (solved_shape(num_blocks, head_dim), dtype),
+        "products": (product_shape(num_blocks, head_dim, dtype), dtype),
+        "key_moving": ((num_levels, superchunk // 2, head_dim), dtype),
+        "key_fixed": ((BLOCK, head_dim), dtype),
+        "query_moving": ((group, num_levels, superchunk // 2, head_dim), dtype),
+        "query_fixed": ((group, BLOCK, head_dim), dtype),
+        "logits": ((group, pairs, PAIR, PAIR), _f32),
+    }
+    *results, lse = pl.pallas_call(
+        functools.partial(_kernel, names=(*inputs, *outputs, *scratch), scale=scale * _LOG2E, base=base, ratio=ratio),
+        grid=(cores, per_core + 1),
+        in_specs=[block for _, block in inputs.values()],
+        out_specs=[block for *_, block in outputs.values()],
+        out_shape=[jax.ShapeDtypeStruct(shape, kind) for shape, kind, _ in outputs.values()],
+        scratch_shapes=[pltpu.VMEM(shape, kind) for shape, kind in scratch.values()],
+        name="path_chunk_forward",
+        interpret=interpret,
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=vmem_limit << 20
+        ),
+    )(*[x for x, _ in inputs.values()])
+    return (*results, lse.reshape(heads, group, 1, length))
