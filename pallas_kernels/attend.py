@@ -1,7 +1,7 @@
 """Runs a checked call through one implementation, under one custom derivative.
 
-The forward pass keeps the inputs, the output and the log-sum-exp; the backward pass recomputes the linear stage, so
-nothing that grows faster than T outlives either.
+The forward pass keeps the inputs, the output, the log-sum-exp and what the implementation wants to see again, which
+grows as T; the rest of the linear stage is recomputed in the backward pass.
 """
 
 import dataclasses
@@ -28,16 +28,17 @@ def attend(call: AttentionCall, implementation: str | None, return_lse: bool):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _attend(candidates, options, inputs):
-    return dispatch.run(candidates, "forward", options, inputs)
+    out, lse, _ = dispatch.forward(candidates, options, inputs)
+    return out, lse
 
 
 def _attend_fwd(candidates, options, inputs):
-    out, lse = dispatch.run(candidates, "forward", options, inputs)
-    return (out, lse), (inputs, out, lse)
+    out, lse, kept = dispatch.forward(candidates, options, inputs)
+    return (out, lse), (inputs, out, lse, kept)
 
 
 def _attend_bwd(candidates, options, residuals, cotangents):
-    return (dispatch.run(candidates, "backward", options, *residuals, *cotangents),)
+    return (dispatch.backward(candidates, options, *residuals, *cotangents),)
 
 
 _attend.defvjp(_attend_fwd, _attend_bwd)

@@ -41,6 +41,9 @@ class Options:
     window: int | None
     prune_mass: float | None
     interpret: bool = False  # run accelerator kernels in interpret mode
+    keep_versions: bool = (
+        False  # keep what the linear stage computed for the backward pass, where an implementation can
+    )
 
 
 class AttentionCall(NamedTuple):

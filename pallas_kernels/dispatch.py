@@ -3,18 +3,21 @@
 The one place that names implementations and platforms. `reference` is never chosen automatically.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 
 from pallas_kernels.blockwise import reference, xla_operation
 from pallas_kernels.blockwise.tpu import operation as tpu_operation
-from pallas_kernels.call import AttentionCall
+from pallas_kernels.blockwise.tpu import tuning
+from pallas_kernels.call import AttentionCall, Inputs, Options
 
 _OPERATIONS = {"tpu": tpu_operation, "xla": xla_operation}
 _REFUSES = {"reference": reference.refuses, "xla": xla_operation.refuses, "tpu": tpu_operation.refuses}
-_AUTOMATIC = {"tpu": "tpu"}  # platform -> implementation preferred there; `xla` serves everything else
+_AUTOMATIC = {"tpu": "tpu"}  # implementation -> the platform it is preferred on; `xla` serves everything else
 _NOT_YET = {
     "gpu": "Mosaic GPU kernels are not part of this version",
     "triton": "Triton kernels are not part of this version",
@@ -53,7 +56,7 @@ def choose(call: AttentionCall, implementation: str | None) -> tuple[str, ...]:
     """
     reasons = refusals(call)
     if implementation is None:
-        return (*(name for name in _AUTOMATIC.values() if reasons[name] is None), "xla")
+        return (*(name for name in _AUTOMATIC if reasons[name] is None), "xla")
     if implementation not in reasons:
         raise ValueError(f"{implementation=} is unknown; choose from {', '.join(sorted(reasons))} or None")
     if reasons[implementation] is not None:
@@ -61,11 +64,31 @@ def choose(call: AttentionCall, implementation: str | None) -> tuple[str, ...]:
     return (implementation,)
 
 
-def run(candidates: tuple[str, ...], direction: str, options, *arrays):
-    """Runs "forward" or "backward" of the candidate made for the platform that the program is compiled for."""
-    functions = {name: functools.partial(getattr(_OPERATIONS[name], direction), options) for name in candidates}
-    fallback = functions[candidates[-1]]
-    by_platform = {platform: functions[name] for platform, name in _AUTOMATIC.items() if name in candidates[:-1]}
-    if not by_platform:
-        return fallback(*arrays)
-    return jax.lax.platform_dependent(*arrays, default=fallback, **by_platform)
+def forward(candidates: tuple[str, ...], options: Options, inputs: Inputs):
+    """(out, lse, what the backward pass wants kept) of the candidate made for the platform that is compiled for."""
+    functions = _functions(candidates, "forward", options)
+    if len(candidates) == 1:
+        return functions[0](inputs)
+    preferred, fallback = functions
+
+    def without_keeping(inputs):
+        kept = jax.eval_shape(preferred, inputs)[2]  # every platform's program has the same results
+        return *fallback(inputs)[:2], jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), kept)
+
+    return jax.lax.platform_dependent(inputs, default=without_keeping, **{_AUTOMATIC[candidates[0]]: preferred})
+
+
+def backward(candidates: tuple[str, ...], options: Options, *residuals):
+    """Cotangents of the inputs."""
+    functions = _functions(candidates, "backward", options)
+    if len(candidates) == 1:
+        return functions[0](*residuals)
+    preferred, fallback = functions
+    return jax.lax.platform_dependent(*residuals, default=fallback, **{_AUTOMATIC[candidates[0]]: preferred})
+
+
+def _functions(candidates, direction, options):
+    # What the kernels keep would be zeros in a program for another platform: only where that is not to be expected.
+    keep = candidates[0] == "tpu" and (len(candidates) == 1 or tuning.is_tpu_expected())
+    options = dataclasses.replace(options, keep_versions=keep)
+    return [functools.partial(getattr(_OPERATIONS[name], direction), options) for name in candidates]

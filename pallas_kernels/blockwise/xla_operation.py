@@ -100,17 +100,18 @@ def _operands(settings, frames, q, k, v, log_forget, segment_ids):
 
 
 def forward(options: Options, inputs: Inputs):
-    """Output [B, T, N, Hv] in q's dtype and lse [B, N, T] in the accumulator dtype."""
+    """Output [B, T, N, Hv] in q's dtype, lse [B, N, T] in the accumulator dtype, and nothing else to keep."""
     settings = _settings(options, inputs)
     q, k, v, w, beta, log_forget, segment_ids = inputs
     frames = _linear_stage(settings, q, k, w, beta)
     out, lse = xla.forward(_operands(settings, frames, q, k, v, log_forget, segment_ids), settings)
     out, lse = (_from_query_tiles(settings, x, q, k) for x in (out, lse))
-    return out.astype(q.dtype), lse.swapaxes(1, 2)
+    return out.astype(q.dtype), lse.swapaxes(1, 2), None
 
 
-def backward(options: Options, inputs: Inputs, out, lse, dout, dlse):
+def backward(options: Options, inputs: Inputs, out, lse, kept, dout, dlse):
     """Cotangents of the inputs; recomputes the linear stage."""
+    del kept
     settings = _settings(options, inputs)
     q, k, v, w, beta, log_forget, segment_ids = inputs
     frames, linear_vjp = jax.vjp(functools.partial(_linear_stage, settings), q, k, w, beta)

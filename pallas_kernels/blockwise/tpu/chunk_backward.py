@@ -20,13 +20,14 @@ UT transform, in the notation of `transform`, with cotangents dQ', dK', dP of a 
 
 U and AG are proportional to beta, row by row, which makes the quotient well defined (beta is clamped to 1e-12) and free
 of the cancellation between dT and dM. T, Y, dU and dAG enter their products as hi + lo: with correlated w those sums
-cancel. Everything else is rounded once.
+cancel; so do dS, dY and dG where they yield dQ and dK, of which they are the last rounding. The rest is rounded once.
 
 All cotangents are kept in units of ln 2, those of the base-2 logits' operands; the factor is applied to the results.
 """
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -108,20 +109,20 @@ class _Head:
 
     Attributes:
       queries: `Versions` of its queries.
-      selected: output [S / 128, 128, 128]: per pair the rows [dY_e^T | dS_o^T], [dS_e^T | dY_o^T].
+      selected: output [2, S / 128, 128, 128]: hi and lo of, per pair, the rows [dY_e^T | dS_o^T], [dS_e^T | dY_o^T].
       dgate: output [1, S] or None.
       is_first: whether this head initialises what the heads of a group accumulate.
     """
 
-    q: jax.Array
-    lse: jax.Array
-    delta: jax.Array
-    dout: jax.Array
-    dq_top: jax.Array
-    dq: jax.Array
-    gate: jax.Array | None
-    dgate: jax.Array | None
-    selected: jax.Array
+    q: Any
+    lse: Any
+    delta: Any
+    dout: Any
+    dq_top: Any
+    dq: Any
+    gate: Any
+    dgate: Any
+    selected: Any
     queries: Versions
     is_first: bool
 
@@ -179,7 +180,7 @@ def _level_attention(level, head, refs, keys):
 
 
 def _pair_attention(head, refs, scale):
-    """Emits the attention inside the pairs: weights, what they add to the keys, and dS (blocks: for unscaled queries)."""
+    """Emits the attention inside the pairs: what it adds to keys and values, and dS, unscaled within the blocks."""
     dtype, v, left = head.q.dtype, refs["v"].at[0], is_left()
     corner = (iota((PAIR, PAIR), 0) >= BLOCK) & (iota((PAIR, PAIR), 1) >= BLOCK)
 
@@ -191,7 +192,8 @@ def _pair_attention(head, refs, scale):
     def finish(p, rows, weights, ds):
         refs["dv_state"][rows] += dot(weights, head.dout[rows])
         yield
-        refs["ds"][p] = jnp.where(corner, ds, ds * scale).astype(dtype).T
+        for i, part in enumerate(split(jnp.where(corner, ds, ds * scale), dtype)):
+            refs["ds"][i, p] = part.astype(dtype).T
         to_key = jnp.where(left, 0.0, ds[BLOCK:]).astype(dtype)
         query = head.queries.moving[0, Versions.rows(0, 2 * p + 1)]
         _add(refs["dkey_moving"], (0, Versions.rows(0, 2 * p)), dot(to_key, twice(query)), head.is_first)
@@ -213,8 +215,8 @@ def _pair_attention(head, refs, scale):
 def _corners_backward(head, refs, keys):
     """Emits what the even block of each pair adds to the queries of the odd block, below level 0 of the tree."""
     left = is_left()
-    for p in range(refs["ds"].shape[0]):
-        ds = jnp.where(left, 0.0, refs["ds"][p, BLOCK:].astype(_f32)).astype(head.q.dtype)
+    for p in range(refs["logits"].shape[0]):
+        ds = jnp.where(left, 0.0, refs["ds"][0, p, BLOCK:].astype(_f32)).astype(head.q.dtype)
         refs["dq_state"][block_rows(2 * p + 1)] += dot(ds, twice(keys.moving[0, Versions.rows(0, 2 * p)]))
         yield
 
@@ -242,8 +244,8 @@ def _query_transform_backward(head, refs, scale):
     pairs, blocks = range(length // PAIR), range(length // BLOCK)
     row, column = iota((BLOCK, PAIR), 0), iota((BLOCK, PAIR), 1) & (BLOCK - 1)
 
-    def ds_rows(b):
-        return ds[b // 2, block_rows(b % 2)]
+    def ds_rows(b, i=0):
+        return ds[i, b // 2, block_rows(b % 2)]
 
     y_transposed = {}
     for p in pairs:
@@ -267,13 +269,15 @@ def _query_transform_backward(head, refs, scale):
     for p in pairs:
         both = []
         for b in (2 * p, 2 * p + 1):
-            selected = jnp.where(_own_lanes(b), ds_rows(b).astype(_f32), dy[b]).astype(dtype)
-            operand = _own_order(b, k[block_rows(b)], w[block_rows(b)])
-            result = refs["dq_state"][block_rows(b)] * scale + dot(selected, operand)
+            exact = ds_rows(b).astype(_f32) + ds_rows(b, 1).astype(_f32)
+            selected = [x.astype(dtype) for x in split(jnp.where(_own_lanes(b), exact, dy[b]), dtype)]
+            operand = twice(_own_order(b, k[block_rows(b)], w[block_rows(b)]))
+            result = refs["dq_state"][block_rows(b)] * scale + dot(jnp.concatenate(selected, 1), operand)
             head.dq[block_rows(b)] = (result * _LN2).astype(head.dq.dtype)
             both.append(selected)
             yield
-        head.selected[p] = jnp.concatenate(both, 0).T
+        for i, parts in enumerate(zip(*both)):
+            head.selected[i, p] = jnp.concatenate(parts, 0).T
         yield
 
 
@@ -391,22 +395,26 @@ def _key_transform_backward(heads, refs):
     for p in pairs:
         even, odd = 2 * p, 2 * p + 1
         both = [jnp.where(left, dn[even], dg[odd]), jnp.where(left, dg[even], dn[odd])]
-        transposed[p] = jnp.concatenate(both, 0).astype(dtype).T  # [dN_e^T | dG_e^T], [dG_o^T | dN_o^T]
+        transposed[p] = jnp.concatenate(both, 0).T  # [dN_e^T | dG_e^T], [dG_o^T | dN_o^T]
         yield
     for b in blocks:
         rows, own = block_rows(b), _own_lanes(b)
-        own_transposed = at_block(transposed, b).astype(_f32)
+        own_transposed = at_block(transposed, b)
         gradient = jnp.where(own, dg[b], dn[b] + own_transposed).astype(dtype)
         dw = dot(gradient, _own_order(b, k[rows], w[rows])) - x[b] - dot(solved[b, :, :head_dim], dp[b], NT)
         dk_sum = refs["dk_state"][rows]
         for g, head in enumerate(heads):
-            of_logits, of_y = (head.selected[b // 2, block_rows(i)].astype(_f32) for i in (1 - b % 2, b % 2))
-            dag, key = -refs["ag_own"][b].astype(_f32), dk[b]
-            other, weight = own_transposed, w[rows]
+
+            def selected(i, block, head=head):
+                return head.selected[i, b // 2, block_rows(block)].astype(_f32)
+
+            of_y, of_logits = selected(0, b % 2), selected(0, 1 - b % 2) + selected(1, 1 - b % 2)
+            dag, key, other, weight = -refs["ag_own"][b].astype(_f32), dk[b], own_transposed, w[rows]
             if g:
                 dag, other, key, weight = 0.0, 0.0, head.q[rows], head.q[rows]
             dw += dot(jnp.where(own, dag, of_y).astype(dtype), _own_order(b, key, head.q[rows]))
-            dk_sum += dot(jnp.where(own, other, of_logits).astype(dtype), _own_order(b, weight, head.q[rows]))
+            parts = [x.astype(dtype) for x in split(jnp.where(own, other, of_logits), dtype)]
+            dk_sum += dot(jnp.concatenate(parts, 1), twice(_own_order(b, weight, head.q[rows])))
         refs["dw"][0, rows] = (dw * _LN2).astype(refs["dw"].dtype)
         refs["dk"][0, rows] = (dk_sum * _LN2).astype(refs["dk"].dtype)
         yield
@@ -573,8 +581,8 @@ def chunk_backward(
         "query_moving": (moving, dtype),
         "query_last": ((superchunk, head_dim), dtype),
         "logits": (tile, _f32),
-        "ds": (tile, dtype),
-        "selected": ((group, *tile), dtype),
+        "ds": ((2, *tile), dtype),
+        "selected": ((group, 2, *tile), dtype),
         "dsolved": ((num_blocks, BLOCK, head_dim + PAIR), _f32),
         "dproducts": ((2 * num_blocks - 2, head_dim, head_dim), _f32),
         "dkey_moving": (moving, _f32),

@@ -32,6 +32,7 @@ from pallas_kernels.blockwise.tpu.transform import (
     interleave,
     key_level,
     key_products,
+    pipeline,
     product_shape,
     query_level,
     query_products,
@@ -40,6 +41,8 @@ from pallas_kernels.blockwise.tpu.transform import (
 
 _LOG2E = 1.4426950408889634
 _EMPTY_LSE = -1e30
+_DISTANCE = 2  # pairs between the logits, the softmax and the output of a pair
+_COST = 6  # of each of these stages, on average
 _f32 = jnp.float32
 
 
@@ -84,8 +87,10 @@ def _attention(queries, keys, logits, v, gate, segments, out, lse):
             x = jnp.where(segment_columns[:, pair : pair + 1] == row, x, MASKED)
         return x
 
-    def scores(pair):
-        """Logits as a list of [128, width] with the first token and width of each."""
+    scores, weights, totals = {}, {}, {}
+    as_row = lambda column: lanes.to_row(jnp.broadcast_to(column, (PAIR, PAIR)))
+
+    def multiply(pair):
         parts = [visible(pair, logits[pair], pair, True)]
         for level, query_rows, key_rows, start, width in _siblings(pair, queries.num_levels):
             x = dot(queries.moving[level, query_rows], keys.moving[level, key_rows], NT)
@@ -93,35 +98,36 @@ def _attention(queries, keys, logits, v, gate, segments, out, lse):
                 slabs = [visible(pair, x[:, i : i + PAIR], (start + i) // PAIR, False) for i in range(0, width, PAIR)]
                 x = jnp.concatenate(slabs, 1)
             parts.append(x)
-            yield
-        return parts
+        scores[pair] = parts
 
-    def output(pair, parts):
+    def normalise(pair):
+        parts = scores.pop(pair)
         maximum = _reduce_lanes(jnp.maximum, parts).max(axis=1, keepdims=True)
-        weights = [jnp.exp2(x - maximum) for x in parts]
-        yield
-        total = _reduce_lanes(jnp.add, weights).sum(axis=1, keepdims=True)
+        weights[pair] = [jnp.exp2(x - maximum) for x in parts]
+        total = _reduce_lanes(jnp.add, weights[pair]).sum(axis=1, keepdims=True)
+        weights[pair] = [x.astype(v.dtype) for x in weights[pair]]
+        totals[pair] = maximum, total
+
+    def output(pair):
         rows = slice(PAIR * pair, PAIR * pair + PAIR)
         middle = PAIR * pair + BLOCK
         values = [jnp.concatenate([v[middle : rows.stop], v[rows.start : middle]], 0)]
         values += [v[start : start + width] for *_, start, width in _siblings(pair, queries.num_levels)]
-        o = functools.reduce(jnp.add, [dot(p.astype(v.dtype), x) for p, x in zip(weights, values)])
+        o = 0.0
+        for p, x in zip(weights.pop(pair), values):
+            o += dot(p, x)
+        maximum, total = totals.pop(pair)
         o = o * (1.0 / total)
-        row_lse = maximum + jnp.log2(total)
         if segments is not None:
-            live = segment_columns[:, pair : pair + 1] > 0
-            o, row_lse = jnp.where(live, o, 0.0), jnp.where(live, row_lse, _EMPTY_LSE)
+            o = jnp.where(segment_columns[:, pair : pair + 1] > 0, o, 0.0)
         out[rows] = o
-        lse[pair : pair + 1] = lanes.to_row(jnp.broadcast_to(row_lse, (PAIR, PAIR)))
-        yield
+        # The logarithm is taken of rows, which are 128 times smaller than columns.
+        row_lse = as_row(maximum) + jnp.log2(as_row(total))
+        if segments is not None:
+            row_lse = jnp.where(segments[pair : pair + 1] > 0, row_lse, _EMPTY_LSE)
+        lse[pair : pair + 1] = row_lse
 
-    waiting = None
-    for pair in range(queries.top.shape[0] // PAIR):
-        parts = yield from scores(pair)
-        if waiting is not None:
-            yield from output(*waiting)
-        waiting = (pair, parts)
-    yield from output(*waiting)
+    yield from pipeline([multiply, normalise, output], queries.top.shape[0] // PAIR, _DISTANCE, _COST)
 
 
 def _kernel(*refs, names, scale, base, ratio):
@@ -195,7 +201,7 @@ def chunk_forward(
     cores=1,
     vmem_limit=64,
     base=16,
-    ratio=1.0,
+    ratio=1.8,
     interpret=False,
 ):
     """Linear stage of every superchunk, and attention of its queries to its own keys.
@@ -215,7 +221,7 @@ def chunk_forward(
       cores: cores that share the list of (head, superchunk); 1 if it does not divide.
       vmem_limit: MiB of VMEM the compiler may use.
       base: size of the triangular blocks inverted by substitution.
-      ratio: steps of the previous superchunk emitted per step of the inversion.
+      ratio: work on the previous superchunk emitted per step of the inversion.
       interpret: runs in the interpreter.
 
     Returns:

@@ -191,11 +191,11 @@ def _kernel(*refs, tiling, has_gate, has_segments, has_bounds):
     @pl.when(has(schedule.LAST))
     def _():
         total = normaliser[...]
-        is_empty = total == 0
-        inverse = jnp.where(is_empty, 0.0, 1.0 / total)
+        inverse = 1.0 / jnp.where(total == 0, 1.0, total)
         out[0, 0] = (acc[...] * lanes.widen(inverse, width)).astype(out.dtype)
-        log_total = jnp.log2(jnp.where(is_empty, 1.0, total))
-        lse[0, 0] = lanes.to_row(jnp.where(is_empty, INITIAL_MAX, maximum[...] * tiling.logit_scale + log_total))
+        total, peak = lanes.to_row(total), lanes.to_row(maximum[...])
+        log_sum = peak * tiling.logit_scale + jnp.log2(jnp.where(total == 0, 1.0, total))
+        lse[0, 0] = jnp.where(total == 0, INITIAL_MAX, log_sum)
 
 
 def attention_forward(q, k, v, tiling: Tiling, *, gate=None, segments=None, last_step=None, partial=None):

@@ -90,7 +90,9 @@ def _forward_kernel(q_top, k_top, transition, versions, stack, query, key, *, nu
             key[...] = dot(key[...], right, _NT).astype(key.dtype)
 
 
-def _backward_kernel(versions, dversions, transition, dq_top, dk_top, dtransition, stack, dstack, *, num_chunks):
+def _backward_kernel(
+    versions, dversions, transition, dq_top, dk_top, dtransition, stack, dstack, dquery, dkey, *, num_chunks
+):
     chunk = pl.program_id(1)
     starts = _level_starts(num_chunks)
     slots, groups, dtype = versions.shape[0], versions.shape[2], versions.dtype
@@ -100,8 +102,8 @@ def _backward_kernel(versions, dversions, transition, dq_top, dk_top, dtransitio
         _merge(stack, transition, starts)
         dstack[...] = jnp.zeros_like(dstack)
 
-    dq_top[...] = jnp.zeros_like(dq_top)
-    dk_top[...] = jnp.zeros_like(dk_top)
+    dquery[...] = jnp.zeros_like(dquery)
+    dkey[...] = jnp.zeros_like(dkey)
     for level in reversed(range(slots)):
         is_query = _is_query(chunk, level)
         if level + 1 < slots:
@@ -111,27 +113,29 @@ def _backward_kernel(versions, dversions, transition, dq_top, dk_top, dtransitio
                 index = starts[level] + (chunk >> level) - 1
                 left, dleft = stack[index].astype(dtype), dstack[index]
                 for g in range(groups):
-                    above = dq_top[0, g].astype(dtype)
+                    above = dquery[g].astype(dtype)
                     dleft += dot(versions[level, 0, g], above, _TN)
-                    dq_top[0, g] = dot(above, left, _NT)
+                    dquery[g] = dot(above, left, _NT)
                 dstack[index] = dleft
 
             @pl.when(jnp.logical_not(is_query) & _has_queries_above(chunk, level, num_chunks))
             def _(level=level):
                 index = starts[level] + (chunk >> level) + 1
-                above = dk_top[0].astype(dtype)
+                above = dkey[...].astype(dtype)
                 dstack[index] += dot(above, versions[level, 0, 0], _TN)
-                dk_top[0] = dot(above, stack[index].astype(dtype))
+                dkey[...] = dot(above, stack[index].astype(dtype))
 
         @pl.when(is_query)
         def _(level=level):
-            dq_top[0] += dversions[level, 0].astype(jnp.float32)
+            dquery[...] += dversions[level, 0].astype(jnp.float32)
 
         has_right_sibling = ((chunk >> level) + 1) << level < num_chunks
 
         @pl.when(jnp.logical_not(is_query) & has_right_sibling)
         def _(level=level):
-            dk_top[0] += dversions[level, 0, 0].astype(jnp.float32)
+            dkey[...] += dversions[level, 0, 0].astype(jnp.float32)
+
+    dq_top[0], dk_top[0] = dquery[...].astype(dtype), dkey[...].astype(dtype)
 
     @pl.when(chunk == num_chunks - 1)
     def _():
@@ -202,7 +206,7 @@ def lift_forward(q_top, k_top, transition, *, key_length: int, vmem_limit: int, 
 
 
 def lift_backward(versions, dversions, transition, *, vmem_limit: int, interpret: bool = False):
-    """Cotangents (q_top, k_top, transition) of `lift_forward`, all float32.
+    """Cotangents (q_top, k_top, transition) of `lift_forward`, in the dtypes there.
 
     Args:
       versions, dversions: the result of `lift_forward` and its cotangent.
@@ -216,10 +220,17 @@ def lift_backward(versions, dversions, transition, *, vmem_limit: int, interpret
     stack = pltpu.VMEM((_level_starts(num_chunks)[-1], head_dim, head_dim), jnp.float32)
     length = num_chunks * superchunk
     shapes = [
-        jax.ShapeDtypeStruct(shape, jnp.float32)
-        for shape in ((num_kv, groups, length, head_dim), (num_kv, length, head_dim), transition.shape)
+        jax.ShapeDtypeStruct((num_kv, groups, length, head_dim), versions.dtype),
+        jax.ShapeDtypeStruct((num_kv, length, head_dim), versions.dtype),
+        jax.ShapeDtypeStruct(transition.shape, jnp.float32),
+    ]
+    scratch = [
+        stack,
+        stack,
+        pltpu.VMEM((groups, superchunk, head_dim), jnp.float32),
+        pltpu.VMEM((superchunk, head_dim), jnp.float32),
     ]
     return _call(
         _backward_kernel, (versions, dversions, transition), [blocks, blocks, transitions],
-        [queries, keys, transitions], shapes, [stack, stack], num_chunks, "lift_backward", vmem_limit, interpret,
+        [queries, keys, transitions], shapes, scratch, num_chunks, "lift_backward", vmem_limit, interpret,
     )  # fmt: skip

@@ -69,13 +69,13 @@ class _Setting(NamedTuple):
     first_block: jax.Array | None
 
 
-def _setting(options: Options, inputs: Inputs) -> _Setting:
+def _setting(options: Options, inputs: Inputs, *, is_backward: bool) -> _Setting:
     chip = tuning.chip()
     size = layout.geometry(inputs, tuning.superchunk(inputs.k.shape[1], inputs.q.dtype))
     is_path = inputs.w is not None
     tiling = Tiling(
         superchunk=size.superchunk,
-        keys=min(chip.keys, size.superchunk),
+        keys=min(chip.backward_keys if is_backward else chip.forward_keys, size.superchunk),
         num_queries=size.num_queries,
         num_keys=size.num_keys,
         tree=is_path,
@@ -140,9 +140,9 @@ def _path_forward(options, inputs, setting):
     arguments, keywords = _chunk_arguments(options, inputs, setting)
     *top, out, lse = chunk_forward(*arguments, **keywords)
     versions = _versions(setting, *top)
-    if versions is None:
-        return out, lse
-    return _attention_forward(setting, versions, versions, (out, lse))
+    if versions is not None:
+        out, lse = _attention_forward(setting, versions, versions, (out, lse))
+    return out, lse, tuple(top) if options.keep_versions else None
 
 
 def _attention_forward(setting, q, k, partial=None):
@@ -159,18 +159,18 @@ def _attention_forward(setting, q, k, partial=None):
 
 
 def forward(options: Options, inputs: Inputs):
-    """Output [B, T, N, Hv] in q's dtype and lse [B, N, T] float32."""
-    setting = _setting(options, inputs)
-    size = setting.size
+    """Output [B, T, N, Hv] in q's dtype, lse [B, N, T] float32, and what to keep of the superchunks' linear stage."""
+    setting = _setting(options, inputs, is_backward=False)
+    size, kept = setting.size, None
     if setting.tiling.tree:
-        out, lse = _path_forward(options, inputs, setting)
+        out, lse, kept = _path_forward(options, inputs, setting)
     else:
         out, lse = _attention_forward(setting, setting.q[None], setting.k[None, :, None])
     is_empty = lse == INITIAL_MAX
     lse = lse / layout.LOG2E + _own_gate(setting)
     lse = jnp.where(is_empty, -jnp.inf, lse).reshape(size.batch, size.num_heads, -1)
     out = layout.from_query_heads(out, size, inputs.v.shape[3]).astype(inputs.q.dtype)
-    return out, lse[:, :, size.front : size.front + size.length]
+    return out, lse[:, :, size.front : size.front + size.length], kept
 
 
 def _own_gate(setting):
@@ -181,9 +181,9 @@ def _own_gate(setting):
     return (setting.tiling.logit_scale / layout.LOG2E) * inside[:, :, None]
 
 
-def backward(options: Options, inputs: Inputs, out, lse, dout, dlse):
+def backward(options: Options, inputs: Inputs, out, lse, kept, dout, dlse):
     """Cotangents of the inputs."""
-    setting = _setting(options, inputs)
+    setting = _setting(options, inputs, is_backward=True)
     size = setting.size
     delta = jnp.einsum("btnv,btnv->bnt", dout, out, preferred_element_type=jnp.float32)
     delta = delta - jnp.where(jnp.isneginf(lse), 0, dlse)
@@ -192,7 +192,7 @@ def backward(options: Options, inputs: Inputs, out, lse, dout, dlse):
     lse = jnp.where(jnp.isneginf(lse), -INITIAL_MAX, (lse - _own_gate(setting)) * layout.LOG2E)
     dout = layout.per_query_head(dout.astype(inputs.v.dtype), size)
     if setting.tiling.tree:
-        dq, dk, dv, dw, dbeta, gate_sums = _path_backward(options, inputs, setting, lse, delta, dout)
+        dq, dk, dv, dw, dbeta, gate_sums = _path_backward(options, inputs, setting, kept, lse, delta, dout)
     else:
         dw = dbeta = None
         dq, dk, dv, *gate_sums = _attention_backward(
@@ -224,8 +224,8 @@ def _attention_backward(setting, q, k, lse, delta, dout, **scales):
     )
 
 
-def _path_backward(options, inputs, setting, lse, delta, dout):
-    """Recomputes the superchunks' versions, then goes through the kernels in reverse."""
+def _path_backward(options, inputs, setting, kept, lse, delta, dout):
+    """Recomputes the versions, then goes through the kernels in reverse."""
     size, tiling = setting.size, setting.tiling
     arguments, keywords = _chunk_arguments(options, inputs, setting)
     q, k, v = arguments[:3]
@@ -234,7 +234,7 @@ def _path_backward(options, inputs, setting, lse, delta, dout):
         dtransition = jnp.zeros((k.shape[0], 1, k.shape[2], k.shape[2]), jnp.float32)
         dv, gate_sums = jnp.zeros(v.shape, jnp.float32), None
     else:
-        *top, _, _ = chunk_forward(*arguments, **keywords)
+        top = kept or chunk_forward(*arguments, **keywords)[:3]
         versions = _versions(setting, *top)
         dversions, _, dv, *gate_sums = _attention_backward(setting, versions, versions, lse, delta, dout)
         dq_top, dk_top, dtransition = lift_backward(

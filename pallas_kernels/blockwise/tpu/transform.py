@@ -66,10 +66,20 @@ def is_left(rows=BLOCK):
 
 def halves(x, dtype):
     """[a | b] float32 -> [a_hi | a_lo], [b_hi | b_lo] in `dtype`, with a single lane rotation."""
-    left = is_left(x.shape[0])
-    hi, lo = split(x, dtype)
+    return _pack_halves(*split(x, dtype), dtype)
+
+
+def _pack_halves(hi, lo, dtype):
+    """`halves` of hi + lo."""
+    left = is_left(hi.shape[0])
     swapped = roll(jnp.where(left, lo, hi), BLOCK)  # [b_hi | a_lo]
     return jnp.where(left, hi, swapped).astype(dtype), jnp.where(left, swapped, lo).astype(dtype)
+
+
+def _add_halves(even, odd):
+    """[a | a'], [b | b'] -> [a + a' | b + b'], with a single lane rotation."""
+    left = is_left(even.shape[0])
+    return jnp.where(left, even, odd) + roll(jnp.where(left, odd, even), BLOCK)
 
 
 def block_rows(block, count=1):
@@ -87,18 +97,35 @@ def drain(steps):
 
 
 def interleave(main, side, ratio):
-    """Emits `side` spread over `main`, `ratio` steps of side per step of main, then the rest; returns main's value."""
-    credit = 0.0
+    """Emits `side` spread over `main`, then the rest of it; returns main's value.
+
+    A step of `side` yields its cost, in products of 64 rows with [128, 128] (None: 1); `ratio` is the cost to emit per
+    step of `main`.
+    """
+    credit, finished = 0.0, object()
     try:
         while True:
             next(main)
             credit += ratio
-            while credit >= 1:
-                credit -= 1
-                next(side, None)
+            while credit > 0:
+                cost = next(side, finished)
+                credit -= credit if cost is finished else cost or 1
     except StopIteration as end:
         drain(side)
         return end.value
+
+
+def pipeline(stages, count, distance, cost=1):
+    """Emits stages of `count` independent items, stage s of an item `distance` items after stage s - 1.
+
+    A small distance keeps few intermediate results alive; a large one leaves more time for each of them. `cost` is that
+    of a stage in `interleave`.
+    """
+    for step in range(count + distance * (len(stages) - 1)):
+        for s in reversed(range(len(stages))):
+            if 0 <= step - s * distance < count:
+                stages[s](step - s * distance)
+                yield cost
 
 
 def _each(function, *lists):
@@ -148,11 +175,16 @@ def _merge(inverses, corners, size, dtype):
     """
     odd = (iota((size, PAIR), 1) & size) != 0
     shift = (2 * size).bit_length() - 1
-    same = (iota((PAIR, PAIR), 0) >> shift) == (iota((PAIR, PAIR), 1) >> shift)
+    packed = size if dtype == _f32 else size // 2
+    segment = iota((packed, PAIR), 1) >> shift
 
     def weights(x):
-        """Block diagonal [128, 128] from a compact [size, 128]."""
-        return jnp.where(same, jnp.concatenate([x] * (PAIR // size), 0), 0.0).astype(dtype)
+        """Block diagonal [128, 128] from a compact [size, 128]: blocks i of 2 size rows and lanes are [x_i; x_i]."""
+        x = x.astype(dtype)
+        x = pltpu.bitcast(x, jnp.int32) if dtype != _f32 else x  # selects are 32-bit
+        tiles = [jnp.where(segment == i, x, 0) for i in range(PAIR // (2 * size)) for _ in range(2)]
+        x = jnp.concatenate(tiles, 0)
+        return pltpu.bitcast(x, dtype) if dtype != _f32 else x
 
     t = [split(x, dtype) for x in inverses]
     m = [split(x, dtype) for x in corners]
@@ -282,6 +314,43 @@ def solved_shape(num_blocks, head_dim):
     return (num_blocks, BLOCK, 2 * head_dim + PAIR)
 
 
+def key_stages(w, k, a, g, solved, products, keys):
+    """Stages per pair of `key_products`."""
+    head_dim, dtype = w.shape[1], w.dtype
+    identity = jnp.where(iota((head_dim, head_dim), 0) == iota((head_dim, head_dim), 1), 1.0, 0.0).astype(_f32)
+    operands, results, transposed = {}, {}, {}
+
+    def operands_of(p):
+        a_even, a_odd = halves(a[p], dtype)
+        g_odd, g_even = halves(g[p], dtype)
+        operands[2 * p], operands[2 * p + 1] = (a_even, g_even), (a_odd, g_odd)
+
+    def multiply(p):
+        for b in (2 * p, 2 * p + 1):
+            left, right = operands.pop(b)
+            results[b] = dot(left, jnp.concatenate([twice(w[block_rows(b)]), twice(right)], 1))
+
+    def store_solved(p):
+        pair = [results.pop(b) for b in (2 * p, 2 * p + 1)]
+        hi, lo = split(_add_halves(*[x[:, head_dim:] for x in pair]), dtype)
+        transposed[p] = jnp.concatenate([hi, lo], 0).astype(dtype).T
+        for i, (x, ag) in enumerate(zip(pair, _pack_halves(hi, lo, dtype))):
+            u_hi, u_lo = split(x[:, :head_dim], dtype)
+            solved[2 * p + i, :, :head_dim] = u_hi.astype(dtype)
+            solved[2 * p + i, :, head_dim : 2 * head_dim] = u_lo.astype(dtype)
+            solved[2 * p + i, :, 2 * head_dim :] = ag
+
+    def finish(p):
+        ag = transposed.pop(p)
+        for i, b in enumerate((2 * p, 2 * p + 1)):
+            twice_w = twice(w[block_rows(b)])
+            u = jnp.concatenate([solved[b, :, :head_dim], solved[b, :, head_dim : 2 * head_dim]], 0)
+            store_product(products, b, identity - dot(twice_w, u, TN))
+            keys.store(0, b, k[block_rows(b)].astype(_f32) - dot(ag[block_rows(i)], twice_w))
+
+    return [operands_of, multiply, store_solved, finish]
+
+
 def key_products(w, k, a, g, solved, products, keys):
     """Emits U, AG, P and K' of every block.
 
@@ -292,42 +361,45 @@ def key_products(w, k, a, g, solved, products, keys):
       products: output reference of `product_shape`; level 0 is written.
       keys: `Versions`; receives K'.
     """
+    pairs = w.shape[0] // PAIR
+    return pipeline(key_stages(w, k, a, g, solved, products, keys), pairs, pairs)
+
+
+def query_stages(q, w, k, solved, keys, queries, logits, *, scale):
+    """Stages per pair of `query_products`; stage 2 needs `solved`, stage 3 the keys."""
     head_dim, dtype, left = w.shape[1], w.dtype, is_left()
-    num_pairs = w.shape[0] // PAIR
-    blocks = range(2 * num_pairs)
-    identity = jnp.where(iota((head_dim, head_dim), 0) == iota((head_dim, head_dim), 1), 1.0, 0.0).astype(_f32)
-    a_split, g_split = {}, {}
-    for p in range(num_pairs):
-        a_split[2 * p], a_split[2 * p + 1] = halves(a[p], dtype)
-        g_split[2 * p + 1], g_split[2 * p] = halves(g[p], dtype)
-        yield
-    u_ag = {}
-    for b in blocks:
-        u_ag[b] = dot(a_split[b], jnp.concatenate([twice(w[block_rows(b)]), twice(g_split[b])], 1))
-        yield
-    u, ag = {}, {}
-    for b in blocks:
-        u[b] = [x.astype(dtype) for x in split(u_ag[b][:, :head_dim], dtype)]
-        ag[b] = u_ag[b][:, head_dim:]
-        ag[b] += roll(ag[b], BLOCK)  # the same in both halves
-        hi, lo = split(ag[b], dtype)
-        solved[b, :, :head_dim], solved[b, :, head_dim : 2 * head_dim] = u[b]
-        solved[b, :, 2 * head_dim :] = jnp.where(left, hi, lo).astype(dtype)
-        yield
-    for b in blocks:
-        product = identity - dot(twice(w[block_rows(b)]), jnp.concatenate(u[b], 0), TN)
-        store_product(products, b, product)
-        yield
-    ag_transposed = {}
-    for p in range(num_pairs):
-        hi, lo = split(jnp.where(left, ag[2 * p], ag[2 * p + 1]), dtype)
-        both = jnp.concatenate([hi, lo], 0).astype(dtype).T
-        ag_transposed[2 * p], ag_transposed[2 * p + 1] = both[:BLOCK], both[BLOCK:]
-        yield
-    for b in blocks:
-        key = k[block_rows(b)].astype(_f32) - dot(ag_transposed[b], twice(w[block_rows(b)]))
-        keys.store(0, b, key)
-        yield
+    visible = (iota((BLOCK, PAIR), 1) & (BLOCK - 1)) <= iota((BLOCK, PAIR), 0)
+    grams, y, results = {}, {}, {}
+
+    def gram(p):
+        even, odd = block_rows(2 * p), block_rows(2 * p + 1)
+        grams[p] = (
+            dot(q[even], jnp.concatenate([w[even], k[even]], 0), NT),
+            dot(q[odd], jnp.concatenate([k[odd], w[odd]], 0), NT),
+        )
+
+    def operands_of(p):
+        even, odd = grams[p]
+        y[p] = halves(jnp.where(visible, jnp.where(left, even, odd), 0.0), dtype)
+        grams[p] = jnp.where(left, odd, even)
+
+    def multiply(p):
+        results[p] = [dot(x, twice(solved[2 * p + i])) for i, x in enumerate(y.pop(p))]
+
+    def finish(p):
+        pair = results.pop(p)
+        for i, x in enumerate(pair):
+            b = 2 * p + i
+            y_u = x[:, :head_dim] + x[:, head_dim : 2 * head_dim]
+            query = (q[block_rows(b)].astype(_f32) - y_u) * scale
+            queries.store(0, b, query)
+        corner = dot(query.astype(dtype), twice(keys.moving[0, Versions.rows(0, 2 * p)]), NT)
+        y_ag = _add_halves(*[x[:, 2 * head_dim :] for x in reversed(pair)])
+        local = jnp.where(visible, (grams.pop(p) - y_ag) * scale, MASKED)
+        logits[p, :BLOCK] = jnp.where(left, MASKED, local)
+        logits[p, BLOCK:] = jnp.where(left, local, corner)
+
+    return [gram, operands_of, multiply, finish]
 
 
 def query_products(q, w, k, solved, keys, queries, logits, *, scale):
@@ -342,38 +414,8 @@ def query_products(q, w, k, solved, keys, queries, logits, *, scale):
         (odd block first), causal mask applied.
       scale: multiplies the queries.
     """
-    head_dim, dtype, left = w.shape[1], w.dtype, is_left()
-    column, row = iota((BLOCK, PAIR), 1) & (BLOCK - 1), iota((BLOCK, PAIR), 0)
-    num_pairs = w.shape[0] // PAIR
-    blocks = range(2 * num_pairs)
-    grams = {}
-    for b in blocks:
-        operands = [w[block_rows(b)], k[block_rows(b)]]
-        grams[b] = dot(q[block_rows(b)], jnp.concatenate(operands[:: -1 if b & 1 else 1], 0), NT)
-        yield
-    y = {}
-    for p in range(num_pairs):
-        both = jnp.where(left, grams[2 * p], grams[2 * p + 1])
-        y[2 * p], y[2 * p + 1] = halves(jnp.where(column <= row, both, 0.0), dtype)
-        yield
-    y_solved = {}
-    for b in blocks:
-        y_solved[b] = dot(y[b], twice(solved[b]))
-        yield
-    for b in blocks:
-        y_u = y_solved[b][:, :head_dim] + y_solved[b][:, head_dim : 2 * head_dim]
-        query = (q[block_rows(b)].astype(_f32) - y_u) * scale
-        queries.store(0, b, query)
-        y_ag = y_solved[b][:, 2 * head_dim :]
-        local = (grams[b] - (y_ag + roll(y_ag, BLOCK))) * scale
-        local = jnp.where((column <= row) & (left if b & 1 else ~left), local, MASKED)
-        rows = slice(BLOCK * (b & 1), BLOCK * (b & 1) + BLOCK)
-        if b & 1:
-            corner = dot(query.astype(dtype), twice(keys.moving[0, Versions.rows(0, b - 1)]), NT)
-            logits[b // 2, rows] = jnp.where(left, local, corner)
-        else:
-            logits[b // 2, rows] = local
-        yield
+    pairs = w.shape[0] // PAIR
+    return pipeline(query_stages(q, w, k, solved, keys, queries, logits, scale=scale), pairs, pairs)
 
 
 def key_level(level, keys, products, transition=None):
@@ -393,12 +435,12 @@ def key_level(level, keys, products, transition=None):
                 transition[...] = product
         else:
             store_product(products, product_slot(level + 1, s, num_blocks), product)
-        yield
+        yield 6
         count = 1 << level
         block = 2 * count * s
         x = dot(keys.moving[level, keys.rows(level, block, count)], right[:, :head_dim], NT)
         keys.store(level + 1, block, x)
-        yield
+        yield count
 
 
 def query_level(level, queries, products):
@@ -410,4 +452,4 @@ def query_level(level, queries, products):
         left = products[product_slot(level, 2 * s, num_blocks), :, :head_dim]
         block = 2 * count * s + count
         queries.store(level + 1, block, dot(queries.moving[level, queries.rows(level, block, count)], left))
-        yield
+        yield count
