@@ -17,7 +17,7 @@ from pallas_kernels.call import AttentionCall
 def attend(call: AttentionCall, implementation: str | None, return_lse: bool):
     """What the public operations return."""
     candidates = dispatch.choose(call, implementation)
-    options, inputs = dataclasses.replace(call.options, interpret=interpreter.is_active()), call.inputs
+    options, inputs = dataclasses.replace(call.options, interpret=interpreter.active_mode()), call.inputs
     if candidates == ("reference",):
         out, lse = reference.attention(options, inputs)
     else:

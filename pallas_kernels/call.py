@@ -40,7 +40,7 @@ class Options:
     gate_scale: float
     window: int | None
     prune_mass: float | None
-    interpret: bool = False  # run accelerator kernels in interpret mode
+    interpret: object = False  # how to interpret accelerator kernels, or False
     keep_versions: bool = (
         False  # keep what the linear stage computed for the backward pass, where an implementation can
     )

@@ -26,6 +26,8 @@ ALLOWED = {
     "path_jax.evaluation.run_report": ["path_jax"],
     "path_jax.nnx": [],
     "configs": ["configs"],
+    "benchmarks": [],
+    "benchmarks.tpu_cases": ["benchmarks", "pallas_kernels"],
     "train": ["path_jax"],
     "eval": ["path_jax"],
 }
@@ -40,7 +42,7 @@ CONFINED = {
 }
 SOURCES = sorted(
     path
-    for pattern in ("pallas_kernels/**/*.py", "path_jax/**/*.py", "configs/*.py", "*.py")
+    for pattern in ("pallas_kernels/**/*.py", "path_jax/**/*.py", "configs/*.py", "benchmarks/*.py", "*.py")
     for path in ROOT.glob(pattern)
 )
 
@@ -71,7 +73,7 @@ def test_only_allowed_imports(path):
         return
     part = max((key for key in ALLOWED if is_within(module, key)), key=len)
     for imported in imports(path):
-        if imported.split(".")[0] in ("pallas_kernels", "path_jax", "configs"):
+        if imported.split(".")[0] in ("pallas_kernels", "path_jax", "configs", "benchmarks"):
             assert any(is_within(imported, allowed) for allowed in [part, *ALLOWED[part]]), (
                 f"{module} imports {imported}"
             )

@@ -10,6 +10,7 @@ import pathlib
 
 import jax
 import numpy as np
+import pytest
 
 # Relative L2 error allowed, per dtype of the inputs; lse is float32 for all of them. `exact` is for two routes that
 # differ in rounding only, `float16_kernel` for published outputs of a kernel that stores intermediates in float16.
@@ -20,7 +21,9 @@ TOLERANCE = {
 }
 NEGLIGIBLE = 1e-6  # an array whose norm is below this is compared absolutely
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "ops"  # inputs, outputs and gradients of public code
-IMPLEMENTATIONS = ("reference", "xla")
+IMPLEMENTATIONS = ("reference", "xla")  # in any precision
+# The kernels in interpret mode take a minute to compile; test_tpu.py has those cases that always run.
+WITH_KERNELS = (*IMPLEMENTATIONS, pytest.param("tpu", marks=pytest.mark.slow))
 
 # Two rows: packed documents that straddle 64-token blocks with padding at both ends; one and a tail of padding.
 DOCUMENTS = np.stack([

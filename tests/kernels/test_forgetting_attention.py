@@ -11,6 +11,7 @@ from kernels.recurrence import (
     GOLDEN,
     IMPLEMENTATIONS,
     TOLERANCE,
+    WITH_KERNELS,
     assert_all_close,
     assert_causal,
     assert_close,
@@ -37,7 +38,7 @@ GOLDEN_CASES = sorted(GOLDEN.glob("fox_*.npz"))
 # --- published numbers -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", WITH_KERNELS)
 @pytest.mark.parametrize("path", GOLDEN_CASES, ids=lambda path: path.stem)
 def test_golden(path, implementation):
     """Outputs and gradients of the public PyTorch code in float64."""
@@ -148,7 +149,7 @@ def test_shapes(queries, length, head_dim, v_head_dim, kv_heads):
     assert_all_close(actual, desired, "float32")
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", WITH_KERNELS)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_dtypes(dtype, implementation):
     """The output has q's dtype, also with log_forget in float32; gradients have their inputs' dtypes."""
@@ -174,7 +175,7 @@ def test_causality_is_exact():
     assert_causal(forgetting_attention, inputs, others, with_implementation("xla"))
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", WITH_KERNELS)
 @pytest.mark.parametrize("window", [None, 20])
 def test_packed_documents_are_separate_documents(window, implementation):
     inputs = cast(random_inputs(13, DOCUMENTS.shape[1], batch=2, path=False), "float32")
@@ -182,7 +183,7 @@ def test_packed_documents_are_separate_documents(window, implementation):
     assert_documents_are_separate(forgetting_attention, inputs, cotangents, DOCUMENTS, options)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", WITH_KERNELS)
 def test_all_padding(implementation):
     inputs = cast(random_inputs(15, DOCUMENTS.shape[1], batch=2, path=False), "float32")
     segment_ids = np.zeros_like(DOCUMENTS)
@@ -191,7 +192,7 @@ def test_all_padding(implementation):
     assert_padding_is_inert(result, segment_ids)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", WITH_KERNELS)
 def test_fewer_queries_are_the_last_rows(implementation):
     inputs = cast(random_inputs(17, 150, path=False), "float32")
     options = with_implementation(implementation, window=100)
@@ -201,7 +202,7 @@ def test_fewer_queries_are_the_last_rows(implementation):
     assert_close(last_lse, lse[..., -50:], TOLERANCE["float32"]["lse"], "lse")
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", WITH_KERNELS)
 def test_window_over_everything_is_no_window(implementation):
     inputs = cast(random_inputs(18, 150, path=False), "float32")
     o, lse = run(forgetting_attention, inputs, None, with_implementation(implementation))
@@ -213,7 +214,7 @@ def test_window_over_everything_is_no_window(implementation):
         assert_close(window_lse, lse, TOLERANCE["float32"]["exact"], "lse")
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", WITH_KERNELS)
 def test_without_forgetting_it_is_causal_attention(implementation):
     inputs = cast(random_inputs(19, 150, path=False, gate=0.0), "float32")
     desired = jax.nn.dot_product_attention(inputs["q"], inputs["k"], inputs["v"], is_causal=True)
@@ -252,7 +253,7 @@ def valid_call():
     return inputs | {"segment_ids": jnp.ones((2, 10), jnp.int32)}
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", WITH_KERNELS)
 def test_jit_is_eager(implementation):
     call = valid_call() | {"implementation": implementation}
     o, lse = forgetting_attention(**call, return_lse=True)
@@ -318,10 +319,10 @@ def test_invalid_call(case):
         assert name in str(error.value), f"{name!r} is not in {str(error.value)!r}"
 
 
-@pytest.mark.parametrize("implementation", ["tpu", "gpu", "triton"])
-def test_unavailable_implementation(implementation):
-    with pytest.raises(NotImplementedError, match=implementation):
-        forgetting_attention(**valid_call(), implementation=implementation)
+@pytest.mark.parametrize("name", ["tpu", "gpu", "triton"])
+def test_unavailable_implementation(name):
+    with pytest.raises(NotImplementedError, match=name):
+        forgetting_attention(**valid_call(), implementation=name)
 
 
 def test_explain():

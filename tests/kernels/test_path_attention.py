@@ -11,6 +11,7 @@ from kernels.recurrence import (
     GOLDEN,
     IMPLEMENTATIONS,
     TOLERANCE,
+    WITH_KERNELS,
     assert_all_close,
     assert_causal,
     assert_close,
@@ -37,7 +38,7 @@ GOLDEN_CASES = sorted(GOLDEN.glob("path_*.npz"))
 # --- published numbers -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", WITH_KERNELS)
 @pytest.mark.parametrize("path", GOLDEN_CASES, ids=lambda path: path.stem)
 def test_golden(path, implementation):
     """Outputs and gradients of the public PyTorch code in float64; it multiplies the gate by scale."""
@@ -154,7 +155,7 @@ def test_shapes(length, head_dim, v_head_dim, kv_heads):
     assert_all_close(actual, desired, "float32")
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", WITH_KERNELS)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_dtypes(dtype, implementation):
     """The output has q's dtype, also with w, beta, log_forget in float32; gradients have their inputs' dtypes."""
@@ -180,14 +181,14 @@ def test_causality_is_exact():
     assert_causal(path_attention, inputs, others, with_implementation("xla"))
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", WITH_KERNELS)
 def test_packed_documents_are_separate_documents(implementation):
     inputs = cast(random_inputs(15, DOCUMENTS.shape[1], batch=2), "float32")
     cotangents = random_cotangents(16, inputs)
     assert_documents_are_separate(path_attention, inputs, cotangents, DOCUMENTS, with_implementation(implementation))
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", WITH_KERNELS)
 def test_all_padding(implementation):
     inputs = cast(random_inputs(17, DOCUMENTS.shape[1], batch=2), "float32")
     segment_ids = np.zeros_like(DOCUMENTS)
@@ -196,7 +197,7 @@ def test_all_padding(implementation):
     assert_padding_is_inert(result, segment_ids)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", WITH_KERNELS)
 def test_beta_zero_is_forgetting_attention(implementation):
     inputs = random_inputs(21, DOCUMENTS.shape[1], batch=2)
     inputs["beta"][:] = 0
@@ -249,7 +250,7 @@ def valid_call():
     return inputs | {"segment_ids": jnp.ones((2, 10), jnp.int32)}
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", WITH_KERNELS)
 def test_jit_is_eager(implementation):
     call = valid_call() | {"implementation": implementation}
     o, lse = path_attention(**call, return_lse=True)
@@ -317,10 +318,10 @@ def test_invalid_call(case):
         assert name in str(error.value), f"{name!r} is not in {str(error.value)!r}"
 
 
-@pytest.mark.parametrize("implementation", ["tpu", "gpu", "triton"])
-def test_unavailable_implementation(implementation):
-    with pytest.raises(NotImplementedError, match=implementation):
-        path_attention(**valid_call(), implementation=implementation)
+@pytest.mark.parametrize("name", ["tpu", "gpu", "triton"])
+def test_unavailable_implementation(name):
+    with pytest.raises(NotImplementedError, match=name):
+        path_attention(**valid_call(), implementation=name)
 
 
 def test_explain():

@@ -136,8 +136,7 @@ def _kernel(*refs, tiling, groups, has_gate, has_segments, has_bounds, dq_scale,
         dv_acc[keys] += dot(p.astype(v.dtype), dy)
         if has_gate:
             row_sums[0, g, pl.ds(query, 1), rows] += ds.sum(axis=0, keepdims=True)
-            lane_tiles = [ds[:, start : start + lanes.LANES] for start in range(0, num_rows, lanes.LANES)]
-            column_acc[g, keys] += functools.reduce(jnp.add, lane_tiles)
+            column_acc[g, keys] += lanes.fold(ds)
         ds = ds.astype(q.dtype)
         dk_acc[keys] += dot(ds, x)
         product = dot(ds, key, _TN)

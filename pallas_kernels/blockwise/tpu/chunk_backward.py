@@ -27,6 +27,7 @@ All cotangents are kept in units of ln 2, those of the base-2 logits' operands; 
 
 import dataclasses
 import functools
+import itertools
 from typing import Any
 
 import jax
@@ -48,7 +49,6 @@ from pallas_kernels.blockwise.tpu.transform import (
     drain,
     gram_inverse,
     halves,
-    interleave,
     iota,
     is_left,
     key_level,
@@ -65,7 +65,8 @@ from pallas_kernels.blockwise.tpu.transform import (
 
 _LN2, _LOG2E = 0.6931471805599453, 1.4426950408889634
 _TILE = 256  # keys of an attention tile
-_PAIR_RATIO = 0.6  # steps of the attention inside pairs per step of the levels above
+_PAIR_RATIO = 0.4  # steps of the attention inside pairs per step of the tree
+_KEY_RATIO = 0.6  # steps of the keys' tree, backwards, per step of the queries' UT transform
 _SMALLEST_BETA = 1e-12
 _f32 = jnp.float32
 
@@ -91,15 +92,17 @@ def _swap_blocks(x):
 
 
 def _alternate(main, side, ratio):
-    """Emits `side` spread over `main`, `ratio` steps of side per step of main, then the rest of it."""
+    """Emits `side` spread over `main`, `ratio` steps of side per unit of main's cost, then the rest of it.
+
+    Steps that cost much more than others say so by yielding their cost, in matrix products of 128 x 128 x 128.
+    """
     credit = 0.0
-    for _ in main:
-        yield
-        credit += ratio
+    for cost in main:
+        yield cost
+        credit += ratio * (cost or 1)
         while credit >= 1:
             credit -= 1
-            next(side, None)
-            yield
+            yield from itertools.islice(side, 1)
     yield from side
 
 
@@ -151,13 +154,14 @@ def _level_attention(level, head, refs, keys):
     def finish(s, dp, tokens, key_rows, query_tokens, query_rows):
         p, ds = _tile_weights(s, dp, head, refs, tokens, query_tokens)
         yield
+        cost = s.size // PAIR**2
         p, ds = p.astype(v.dtype), ds.astype(dtype)
         refs["dv_state"][tokens] += dot(p, head.dout[query_tokens])
-        yield
+        yield cost
         _add(refs["dkey_moving"], (level, key_rows), dot(ds, head.queries.moving[level, query_rows]), head.is_first)
-        yield
+        yield cost
         refs["dq_state"][query_tokens] += dot(ds, keys.moving[level, key_rows], TN)
-        yield
+        yield cost
 
     waiting = None
     for start in range(0, head.q.shape[0], 2 * width):
@@ -170,9 +174,9 @@ def _level_attention(level, head, refs, keys):
             tokens = slice(start + offset, start + offset + size)
             key_rows = slice(first_key_row + offset, first_key_row + offset + size)
             s = dot(keys.moving[level, key_rows], head.queries.moving[level, query_rows], NT)
-            yield
+            yield size * width // PAIR**2
             dp = dot(v[tokens], head.dout[query_tokens], NT)
-            yield
+            yield size * width // PAIR**2
             if waiting is not None:
                 yield from finish(*waiting)
             waiting = (s, dp, tokens, key_rows, query_tokens, query_rows)
@@ -281,33 +285,37 @@ def _query_transform_backward(head, refs, scale):
         yield
 
 
-def _upper_levels(head, refs, keys):
-    """Emits the levels above the pairs, from the top: the tree's backward step, then the attention of the level."""
+def _levels(head, refs, keys):
+    """Emits the tree upwards, for the first head also that of the keys, and down again, above the pairs."""
+    products = refs["products"]
+    for level in range(keys.num_levels - 1):
+        query_steps = query_level(level, head.queries, products)
+        if head.is_first:
+            yield from _alternate(key_level(level, keys, products), query_steps, 0.5)
+        else:
+            yield from query_steps
     for level in reversed(range(1, keys.num_levels)):
         yield from _query_level_backward(level, head, refs)
         yield from _level_attention(level, head, refs, keys)
 
 
-def _query_backward(head, refs, keys, scale):
-    """Emits everything of one query head."""
+def _query_attention(head, refs, keys, scale):
+    """Emits one query head as far as dQ' and dS, and what it adds to keys, values and products."""
     yield from query_products(
         head.q, refs["w_before"], refs["k_before"], refs["solved"], keys, head.queries, refs["logits"], scale=scale
     )
-    for level in range(keys.num_levels - 1):
-        yield from query_level(level, head.queries, refs["products"])
     refs["dq_state"][...] = head.dq_top[...].astype(_f32)
     if head.gate is not None:
         refs["gate_columns"][...] = lanes.to_columns(head.gate[...])
         refs["dgate_columns"][...] = jnp.zeros(refs["dgate_columns"].shape, _f32)
         head.dgate[...] = jnp.zeros(head.dgate.shape, _f32)
-    yield from _alternate(_upper_levels(head, refs, keys), _pair_attention(head, refs, scale), _PAIR_RATIO)
+    yield from _alternate(_levels(head, refs, keys), _pair_attention(head, refs, scale), _PAIR_RATIO)
     yield from _query_level_backward(0, head, refs)
     yield from _corners_backward(head, refs, keys)
     if head.gate is not None:
         for start in range(0, head.q.shape[0], PAIR):
             tokens = slice(start, start + PAIR)
             head.dgate[:, tokens] -= refs["dgate_columns"][tokens].T.sum(axis=0, keepdims=True)
-    yield from _query_transform_backward(head, refs, scale)
 
 
 def _key_levels_backward(refs, keys):
@@ -336,22 +344,21 @@ def _key_levels_backward(refs, keys):
             yield
 
 
-def _key_transform_backward(heads, refs):
-    """Emits dK, dW and dbeta from dK' (in `dk_state`), dP and the heads' contributions."""
+def _key_transform_backward(heads, refs, t_transposed):
+    """Emits dK, dW and dbeta from dK' (in `dk_state`), dP, T^T and the heads' contributions."""
     w, k, solved = refs["w_before"], refs["k_before"], refs["solved"]
     (length, head_dim), dtype, left = w.shape, w.dtype, is_left()
     pairs, blocks = range(length // PAIR), range(length // BLOCK)
     row, column = iota((BLOCK, PAIR), 0), iota((BLOCK, PAIR), 1) & (BLOCK - 1)
-    beta = refs["beta_before"][...]
+    beta = refs["beta_before"][0, 0]
     beta_columns = beta.T
 
     def at_block(tiles, b):
         return tiles[b // 2][block_rows(b % 2)]
 
-    t_transposed, dk, w_dk = {}, {}, {}
+    dk, w_dk = {}, {}
     for p in pairs:
         rows = slice(PAIR * p, PAIR * p + PAIR)
-        t_transposed[p] = jnp.concatenate(split(refs["t"][p], dtype), 0).astype(dtype).T
         both = refs["dk_state"][rows].astype(dtype)
         dk[2 * p], dk[2 * p + 1] = both[:BLOCK], both[BLOCK:]
         w_dk[p] = dot(w[rows], _swap_blocks(both), NT)
@@ -367,7 +374,7 @@ def _key_transform_backward(heads, refs):
         yield
     x, z = {}, {}
     for b in blocks:
-        product = dot(at_block(t_transposed, b), twice(right_hand[b]))
+        product = dot(t_transposed[b // 2, block_rows(b % 2)], twice(right_hand[b]))
         x[b] = product[:, :head_dim] + product[:, head_dim : 2 * head_dim]
         z[b] = product[:, 2 * head_dim :]
         z[b] += roll(z[b], BLOCK)
@@ -422,7 +429,9 @@ def _key_transform_backward(heads, refs):
 
 def _kernel(*refs, names, scale, base, ratio):
     refs = dict(zip(names, refs))
-    group, w, k = refs["q"].shape[1], refs["w_before"], refs["k_before"]
+    for name in ("w_before", "k_before"):
+        refs[name] = refs[name].at[0]
+    group, w, k, slot = refs["q"].shape[1], refs["w_before"], refs["k_before"], pl.program_id(1) & 1
     keys = Versions(refs["key_moving"], refs["key_last"], 0)
 
     def head(g, is_first=False):
@@ -431,44 +440,44 @@ def _kernel(*refs, names, scale, base, ratio):
         queries = Versions(refs["query_moving"], refs["query_last"], 1)
         return _Head(**{n: view(n) for n in names}, selected=refs["selected"].at[g], queries=queries, is_first=is_first)
 
-    def previous_keys():
-        yield from key_products(w, k, refs["a"], refs["g"], refs["solved"], refs["products"], keys)
+    def previous_superchunk():
+        yield from key_products(w, k, refs["a"].at[slot], refs["g"].at[slot], refs["solved"], refs["products"], keys)
         for b in range(w.shape[0] // BLOCK):
             ag = refs["solved"][b, :, 2 * w.shape[1] :].astype(_f32)
             ag = jnp.where(_own_lanes(b), jnp.where(is_left(), ag, roll(ag, BLOCK)), 0.0)
             refs["ag_own"][b] = ag.astype(w.dtype)
-        for level in range(keys.num_levels - 1):
-            yield from key_level(level, keys, refs["products"])
         refs["dv_state"][...] = refs["dv_later"][0]
         refs["dk_state"][...] = refs["dk_top"][0].astype(_f32)
         if "segments" in refs:
             columns = lanes.to_columns(refs["segments"][0].astype(_f32)).astype(jnp.int32)
             refs["segment_columns"][...] = jnp.where(columns > 0, columns, -1)  # padding matches nothing
-
-    def previous_gradients():
-        yield from _key_levels_backward(refs, keys)
-        yield from _key_transform_backward([head(g) for g in range(group)], refs)
-        refs["dv"][0] = refs["dv_state"][...].astype(refs["dv"].dtype)
-
-    def previous_superchunk():
-        yield from previous_keys()
-        yield from _query_backward(head(0, True), refs, keys, scale)
+        first = head(0, True)
+        yield from _query_attention(first, refs, keys, scale)
+        query_steps = _query_transform_backward(first, refs, scale)
         if group > 1:
+            yield from query_steps
+            query_steps = iter(())
 
             def other_head(g, carry):
-                drain(_query_backward(head(g), refs, keys, scale))
+                drain(_query_attention(head(g), refs, keys, scale))
+                drain(_query_transform_backward(head(g), refs, scale))
                 return carry
 
             lax.fori_loop(1, group, other_head, 0)
-        yield from previous_gradients()
+        yield from _alternate(query_steps, _key_levels_backward(refs, keys), _KEY_RATIO)
+        refs["dv"][0] = refs["dv_state"][...].astype(refs["dv"].dtype)
+        yield from _key_transform_backward([head(g) for g in range(group)], refs, refs["t_transposed"].at[slot])
 
-    inversion = gram_inverse(refs["w"].at[0], refs["k"].at[0], refs["beta"][0, 0], base=base)
-    inverses, grams = interleave(inversion, previous_superchunk(), ratio)
-    for p, (inverse, gram) in enumerate(zip(inverses, grams)):
-        refs["t"][p] = inverse
-        refs["a"][p] = inverse * refs["beta"][0, 0, p : p + 1]
-        refs["g"][p] = gram
-    w[...], k[...], refs["beta_before"][...] = refs["w"][0], refs["k"][0], refs["beta"][0, 0]
+    def inversion():
+        w, k, beta = (refs[name].at[0] for name in ("w", "k", "beta"))
+        inverses, grams = yield from gram_inverse(w, k, beta[0], base=base)
+        for p, (inverse, gram) in enumerate(zip(inverses, grams)):
+            refs["t_transposed"][1 - slot, p] = jnp.concatenate(split(inverse, w.dtype), 0).astype(w.dtype).T
+            refs["a"][1 - slot, p] = inverse * beta[0, p : p + 1]
+            refs["g"][1 - slot, p] = gram
+            yield
+
+    drain(_alternate(previous_superchunk(), inversion(), ratio))
 
 
 def chunk_backward(
@@ -492,7 +501,7 @@ def chunk_backward(
     cores=1,
     vmem_limit=64,
     base=16,
-    ratio=4.0,
+    ratio=0.4,
     interpret=False,
 ):
     """Gradients of `chunk_forward`, and of its attention as part of the attention to all superchunks.
@@ -509,7 +518,7 @@ def chunk_backward(
         base-2 operands: [BK, G, T, H] and [BK, T, H] in the dtype of q, float32 [BK, T / S, H, H].
       dv: float32 [BK, T, Hv], contribution of the queries of later superchunks.
       scale, superchunk, cores, vmem_limit, base, interpret: as in `chunk_forward`.
-      ratio: steps of the previous superchunk emitted per step of the inversion.
+      ratio: steps of the inversion per unit of cost of the previous superchunk (`_alternate`).
 
     Returns:
       dq [BK, G, T, H], dk, dw [BK, T, H], dv [BK, T, Hv] in the dtypes of the inputs, dbeta float32 [BK, T], and dgate
@@ -547,6 +556,9 @@ def chunk_backward(
         "w": (w, rows(head_dim, 0)),
         "k": (k, rows(head_dim, 0)),
         "beta": (beta, spec((1, 1, beta_rows, PAIR), whole, 0)),
+        "w_before": (w, rows(head_dim)),
+        "k_before": (k, rows(head_dim)),
+        "beta_before": (beta, spec((1, 1, beta_rows, PAIR), whole)),
         "q": (q, grouped_rows(head_dim)),
         "v": (v, rows(v_dim)),
         "lse": (lse, statistics),
@@ -567,12 +579,9 @@ def chunk_backward(
     tile = (pairs, PAIR, PAIR)
     moving = (num_levels, superchunk // 2, head_dim)
     scratch = {
-        "w_before": ((superchunk, head_dim), dtype),
-        "k_before": ((superchunk, head_dim), dtype),
-        "beta_before": ((beta_rows, PAIR), _f32),
-        "t": ((pairs, BLOCK, PAIR), _f32),
-        "a": ((pairs, BLOCK, PAIR), _f32),
-        "g": ((pairs, BLOCK, PAIR), _f32),
+        "t_transposed": ((2, *tile), dtype),
+        "a": ((2, pairs, BLOCK, PAIR), _f32),
+        "g": ((2, pairs, BLOCK, PAIR), _f32),
         "solved": (solved_shape(num_blocks, head_dim), dtype),
         "ag_own": ((num_blocks, BLOCK, PAIR), dtype),
         "products": (product_shape(num_blocks, head_dim, dtype), dtype),

@@ -7,8 +7,12 @@ matrices, and the normalised attention over its own keys, which the kernel betwe
 A 128-row block of queries sees its pair tile and, per set bit of its index, one sibling segment of the frame tree with
 that level's versions: a single softmax, no mask off the diagonal, 56 % of the logits of a square for S = 1024.
 
-The steps are software pipelined: step i inverts the triangular matrices of superchunk i, which is bound by latency, and
-does everything else for superchunk i - 1, which is bound by the matrix unit, both in one instruction stream.
+The steps are software pipelined. Step i inverts the triangular matrices of superchunk i, which is bound by latency, in
+one instruction stream with the tree and the attention of superchunk i - 1, which are bound by the matrix unit; then it
+forms the block products of superchunk i. With G > 1 the other query heads of the group follow in loops.
+
+The emission order and its constants were chosen by the compiler's static schedule for TPU v5e, v5p and v6e (bfloat16,
+S = 1024, G = 1). Shorter superchunks have too little work next to the inversion: S = 512 takes about 1.3 times as long.
 """
 
 import functools
@@ -87,8 +91,8 @@ def _attention(queries, keys, logits, v, gate, segments, out, lse):
             x = jnp.where(segment_columns[:, pair : pair + 1] == row, x, MASKED)
         return x
 
-    scores, weights, totals = {}, {}, {}
     as_row = lambda column: lanes.to_row(jnp.broadcast_to(column, (PAIR, PAIR)))
+    scores, weights, totals = {}, {}, {}
 
     def multiply(pair):
         parts = [visible(pair, logits[pair], pair, True)]
@@ -210,7 +214,8 @@ def chunk_forward(
     s_ij = scale log2(e) raw_ij - c_j for i, j of one superchunk, j <= i and equal positive segment ids.
 
     Args:
-      q: [BK, G, T, H], bfloat16 or float32 like k, w and v; T a multiple of `superchunk`, H of 128.
+      q: [BK, G, T, H], bfloat16 or float32 like k, w and v; T a multiple of `superchunk`, H of 128. bfloat16 rounds the
+        versions and the softmax weights, but not the UT transform; float32 uses float32 products throughout.
       k, w: [BK, T, H], beta |w|^2 <= 2.
       v: [BK, T, Hv], Hv a multiple of 128.
       beta: float32 [BK, T].
@@ -220,7 +225,7 @@ def chunk_forward(
       superchunk: S, a power of two, at least 128.
       cores: cores that share the list of (head, superchunk); 1 if it does not divide.
       vmem_limit: MiB of VMEM the compiler may use.
-      base: size of the triangular blocks inverted by substitution.
+      base: size of the triangular blocks inverted by substitution, 16 or 32.
       ratio: work on the previous superchunk emitted per step of the inversion.
       interpret: runs in the interpreter.
 

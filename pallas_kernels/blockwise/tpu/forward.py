@@ -37,7 +37,7 @@ class Tiling:
     logit_scale: float  # base-2 logit of a unit dot product
     window: int | None = None
     vmem_limit: int = 64  # MiB
-    interpret: bool = False
+    interpret: object = False  # as in `pallas_call`
 
 
 class Gate(NamedTuple):
@@ -94,7 +94,7 @@ def _kernel(*refs, tiling, has_gate, has_segments, has_bounds):
             between[0] = 0.0
         if tiling.tree:
             maximum[...] = lanes.to_columns(partial_lse[0, 0])
-            normaliser[...] = jnp.where(maximum[...] > INITIAL_MAX, 1.0, 0.0)
+            normaliser[...] = jnp.where(maximum[...] > INITIAL_MAX, 1.0 / lanes.LANES, 0.0)
             acc[...] = partial_out[0, 0]
 
     def visible(rows, keys, distance, masked):
@@ -134,7 +134,7 @@ def _kernel(*refs, tiling, has_gate, has_segments, has_bounds):
             peak = jnp.maximum(s.max(axis=1, keepdims=True), INITIAL_MAX)
             p = jnp.exp2((s - peak) * tiling.logit_scale)
             maximum[rows] = jnp.broadcast_to(peak, (size, lanes.LANES))
-            normaliser[rows] = jnp.broadcast_to(p.sum(axis=1, keepdims=True), (size, lanes.LANES))
+            normaliser[rows] = lanes.fold(p)
             acc[rows] = dot(p.astype(v.dtype), v[0, keys])
 
     def online(count, masked):
@@ -153,7 +153,7 @@ def _kernel(*refs, tiling, has_gate, has_segments, has_bounds):
             peak = jnp.maximum(before, s.max(axis=1, keepdims=True))
             p = jnp.exp2((s - lanes.widen(peak, tiling.keys)) * tiling.logit_scale)
             decay = jnp.exp2((before - peak) * tiling.logit_scale)
-            normaliser[...] = decay * normaliser[...] + p.sum(axis=1, keepdims=True)
+            normaliser[...] = decay * normaliser[...] + lanes.fold(p)
             maximum[...] = peak
             acc[...] = lanes.widen(decay, width) * acc[...] + dot(p.astype(v.dtype), v[0, keys])
 
@@ -190,7 +190,7 @@ def _kernel(*refs, tiling, has_gate, has_segments, has_bounds):
 
     @pl.when(has(schedule.LAST))
     def _():
-        total = normaliser[...]
+        total = jnp.broadcast_to(normaliser[...].sum(axis=1, keepdims=True), maximum.shape)
         inverse = 1.0 / jnp.where(total == 0, 1.0, total)
         out[0, 0] = (acc[...] * lanes.widen(inverse, width)).astype(out.dtype)
         total, peak = lanes.to_row(total), lanes.to_row(maximum[...])

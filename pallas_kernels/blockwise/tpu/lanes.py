@@ -4,6 +4,8 @@ HBM holds one float per token, as rows [1, T]. Next to logits [queries, keys] a 
 it is kept replicated over the 128 lanes, [T, 128], because broadcasting a single lane is a slow cross-lane operation.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -40,6 +42,11 @@ def to_row(columns):
         spread = jnp.where(diagonal, columns[start : start + LANES], 0)
         tiles.append(spread.sum(axis=0, keepdims=True))
     return jnp.concatenate(tiles, 1)
+
+
+def fold(x):
+    """[T, width] -> [T, 128], sums of every 128th column: a sum over columns up to its last, cross-lane step."""
+    return functools.reduce(jnp.add, [x[:, start : start + LANES] for start in range(0, x.shape[1], LANES)])
 
 
 def widen(columns, width):

@@ -4,6 +4,7 @@ Inside, logits are base 2 and rows lack their own gate, which cancels in the sof
 between the kernels lack the factor ln 2 that base-2 logits bring along.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -18,6 +19,7 @@ from pallas_kernels.blockwise.tpu.chunk_forward import chunk_forward
 from pallas_kernels.blockwise.tpu.forward import INITIAL_MAX, Gate, Segments, Tiling, attention_forward
 from pallas_kernels.blockwise.tpu.lift import lift_backward, lift_forward
 from pallas_kernels.call import AttentionCall, Inputs, Options
+from pallas_kernels.partition import by_batch_and_head
 
 
 def refuses(call: AttentionCall) -> str | None:
@@ -142,7 +144,8 @@ def _path_forward(options, inputs, setting):
     versions = _versions(setting, *top)
     if versions is not None:
         out, lse = _attention_forward(setting, versions, versions, (out, lse))
-    return out, lse, tuple(top) if options.keep_versions else None
+    kept = tuple(x.reshape(setting.size.batch, -1, *x.shape[1:]) for x in top) if options.keep_versions else None
+    return out, lse, kept
 
 
 def _attention_forward(setting, q, k, partial=None):
@@ -160,6 +163,36 @@ def _attention_forward(setting, q, k, partial=None):
 
 def forward(options: Options, inputs: Inputs):
     """Output [B, T, N, Hv] in q's dtype, lse [B, N, T] float32, and what to keep of the superchunks' linear stage."""
+    keeps = options.keep_versions and inputs.w is not None
+    return by_batch_and_head(
+        functools.partial(_forward, options),
+        (inputs,),
+        (_axes(inputs),),
+        ("b.n.", "bn.", _KEPT_AXES if keeps else None),
+        inputs.k.shape[2],
+    )
+
+
+def backward(options: Options, inputs: Inputs, out, lse, kept, dout, dlse):
+    """Cotangents of the inputs."""
+    return by_batch_and_head(
+        functools.partial(_backward, options),
+        (inputs, out, lse, kept, dout, dlse),
+        (_axes(inputs), "b.n.", "bn.", None if kept is None else _KEPT_AXES, "b.n.", "bn."),
+        _axes(inputs._replace(segment_ids=None)),
+        inputs.k.shape[2],
+    )
+
+
+_INPUT_AXES = Inputs("b.n.", "b.k.", "b.k.", "b.k.", "b.k", "b.n", "b.")
+_KEPT_AXES = ("bk...", "bk..", "bk...")  # queries, keys and transition of each superchunk
+
+
+def _axes(inputs):
+    return Inputs(*(None if x is None else axes for x, axes in zip(inputs, _INPUT_AXES)))
+
+
+def _forward(options, inputs):
     setting = _setting(options, inputs, is_backward=False)
     size, kept = setting.size, None
     if setting.tiling.tree:
@@ -181,8 +214,7 @@ def _own_gate(setting):
     return (setting.tiling.logit_scale / layout.LOG2E) * inside[:, :, None]
 
 
-def backward(options: Options, inputs: Inputs, out, lse, kept, dout, dlse):
-    """Cotangents of the inputs."""
+def _backward(options, inputs, out, lse, kept, dout, dlse):
     setting = _setting(options, inputs, is_backward=True)
     size = setting.size
     delta = jnp.einsum("btnv,btnv->bnt", dout, out, preferred_element_type=jnp.float32)
@@ -234,7 +266,10 @@ def _path_backward(options, inputs, setting, kept, lse, delta, dout):
         dtransition = jnp.zeros((k.shape[0], 1, k.shape[2], k.shape[2]), jnp.float32)
         dv, gate_sums = jnp.zeros(v.shape, jnp.float32), None
     else:
-        top = kept or chunk_forward(*arguments, **keywords)[:3]
+        if kept is None:
+            top = chunk_forward(*arguments, **keywords)[:3]
+        else:
+            top = [x.reshape(-1, *x.shape[2:]) for x in kept]
         versions = _versions(setting, *top)
         dversions, _, dv, *gate_sums = _attention_backward(setting, versions, versions, lse, delta, dout)
         dq_top, dk_top, dtransition = lift_backward(

@@ -215,7 +215,7 @@ def gram_inverse(w, k, beta, *, base=16):
     Args:
       w, k: [S, H] references or arrays.
       beta: float32 [at least 8, 128], row p belongs to pair p.
-      base: size of the blocks that are inverted by substitution.
+      base: size of the blocks that are inverted by substitution, 16 or 32.
 
     Returns:
       Lists over pairs of float32 [64, 128]: T as [even | odd], and G as [odd | even].
