@@ -1,5 +1,6 @@
 """Cases for the static counter: JAX's attention kernels, our operations, and a matrix product to check the counter."""
 
+import dataclasses
 import functools
 
 import jax
@@ -109,29 +110,71 @@ def attention(
     H: int = 128,
     N: int = 8,
     K: int = 8,
+    Hv: int | None = None,
+    queries: int | None = None,
     backward: bool = False,
-    implementation: str = "tpu",
-    w_dtype: str = "bfloat16",
+    dtype: str = "bfloat16",
+    w_dtype: str | None = None,
+    segments: bool = False,
+    keys: int | None = None,
+    options: dict | None = None,
 ) -> Case:
-    """Our operations with bf16 q, k, v [1, T, N or K, H] and float32 beta and gates.
+    """Our operations with q, k, v [1, T, N or K, H] and float32 beta and gates, by their TPU kernels.
 
     Args:
       op: "path", "path_fox" or "fox".
       T: tokens.
-      H: head dim of q, k, v and w.
+      H: head dim of q, k and w.
       N: query heads.
       K: key/value heads.
+      Hv: head dim of v, H by default.
+      queries: number of queries, T by default.
       backward: the backward pass alone, given the residuals.
-      implementation: as in the operation.
-      w_dtype: of the directions w.
+      dtype: of q, k, v.
+      w_dtype: of the directions w, dtype by default.
+      segments: with segment ids.
+      keys: per inner step of the quadratic stage; from the kernels' table by default.
+      options: further keyword arguments of the operation.
     """
-    from pallas_kernels import forgetting_attention, path_attention  # the peers are counted even where this fails
+    # Imported here: the peers are counted even where this fails.
+    from pallas_kernels import forgetting_attention, path_attention
+    from pallas_kernels.blockwise.tpu import tuning
 
-    q, k, gates = _bf16(1, T, N, H), _bf16(1, T, K, H), _float32(1, T, N)
-    w, beta = jax.ShapeDtypeStruct((1, T, K, H), w_dtype), _float32(1, T, K)
-    inputs = {"path": (q, k, k, w, beta), "path_fox": (q, k, k, w, beta, gates), "fox": (q, k, k, gates)}[op]
+    array = jax.ShapeDtypeStruct
+    q, k, v = array((1, queries or T, N, H), dtype), array((1, T, K, H), dtype), array((1, T, K, Hv or H), dtype)
+    gates = _float32(1, T, N)
+    w, beta = array((1, T, K, H), w_dtype or dtype), _float32(1, T, K)
+    inputs = {"path": (q, k, v, w, beta), "path_fox": (q, k, v, w, beta, gates), "fox": (q, k, v, gates)}[op]
     public = forgetting_attention if op == "fox" else path_attention
-    function = functools.partial(public, implementation=implementation)
+    function = functools.partial(public, implementation="tpu", **options or {})
+    if segments:
+        inputs, function = (array((1, T), "int32"), *inputs), _with_segments(function)
     if backward:
-        return _backward(function, inputs, q, _causal_flops(N, T, H, 5))
-    return Case(function, inputs, _causal_flops(N, T, H, 2))
+        out = array((*q.shape[:3], Hv or H), dtype)
+        case = _backward(function, inputs, out, _causal_flops(N, T, H, 5))
+    else:
+        case = Case(function, inputs, _causal_flops(N, T, H, 2))
+    if keys is None:
+        return case
+
+    def with_keys(*arguments):
+        with tuning.force_keys(keys):
+            return case.function(*arguments)
+
+    return dataclasses.replace(case, function=with_keys)
+
+
+def _with_segments(function):
+    return lambda segment_ids, *arrays: function(*arrays, segment_ids=segment_ids)
+
+
+def both_directions(op: str, T: int, **arguments) -> Case:
+    """Forward and backward pass in one program; arguments as for `attention`."""
+    forward = attention(op, T, **arguments)
+    out = jax.eval_shape(forward.function, *forward.inputs)
+
+    def function(dout, *inputs):
+        out, pull_back = jax.vjp(forward.function, *inputs)
+        return out, pull_back(dout)
+
+    return Case(function, (out, *forward.inputs))

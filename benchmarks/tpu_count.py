@@ -67,6 +67,11 @@ class Count:
     flops: int | None
 
     @property
+    def cost(self) -> int:
+        """Of all kernels, one after the other."""
+        return sum(kernel.cost for kernel in self.kernels)
+
+    @property
     def outside_ratio(self) -> float:
         """HBM bytes of XLA's own operations over those of the kernels."""
         return self.traffic.outside / max(1, self.kernel_bytes)

@@ -50,7 +50,7 @@ def format_count(count: Count, regions: bool = False, num_regions: int = 12) -> 
                 f" {span['cycles'] / max(1, kernel.cycles):6.1%}  MXU {span['matmul']:6.1%}"
                 f"  region {span['region']} {span['remark']}"
             )
-    cost = sum(kernel.cost for kernel in count.kernels)
+    cost = count.cost
     peak = count.share_of_peak()
     lines.append(
         f"cost {cost}, {cost / chip.clock * 1e6:.1f} us"

@@ -2,6 +2,7 @@
 
     python -m pallas_kernels.benchmark                              # all tables, CPU-sized
     python -m pallas_kernels.benchmark --tables=time --lengths=2048,4096 --dtype=bfloat16
+    python -m pallas_kernels.benchmark tune --help                  # block sizes of the TPU kernels, in a checkout
 
 Tables:
   time    forward + backward (gradients of every input) of our operations over those of
@@ -15,6 +16,7 @@ PaTH's multiply-accumulates include its linear stage. Absolute times are of this
 
 import argparse
 import math
+import sys
 import time
 
 import jax
@@ -178,6 +180,11 @@ def parse_args(argv=None):
 
 def main(argv=None):
     """Prints the requested tables."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["tune"]:
+        from benchmarks import tpu_tune  # not part of the installed package
+
+        return tpu_tune.main(argv[1:])
     args = parse_args(argv)
     device = jax.devices()[0]
     print(f"jax {jax.__version__} on {device.device_kind} ({jax.default_backend()}), {args}")

@@ -28,6 +28,8 @@ ALLOWED = {
     "configs": ["configs"],
     "benchmarks": [],
     "benchmarks.tpu_cases": ["benchmarks", "pallas_kernels"],
+    "benchmarks.tpu_tune": ["benchmarks", "pallas_kernels"],
+    "pallas_kernels.benchmark": ["pallas_kernels", "benchmarks.tpu_tune"],
     "train": ["path_jax"],
     "eval": ["path_jax"],
 }

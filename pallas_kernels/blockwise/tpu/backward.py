@@ -303,11 +303,11 @@ def attention_backward(
     ]
     in_hbm = pl.BlockSpec(memory_space=pl.ANY)
     out_specs = [in_hbm] * (2 if tiling.tree else 3) + [spec((1, 2 * S, value_dim), lambda kv, g, a, b, u: (kv, b, 0))]
-    float32 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
-    out_shape = [jax.ShapeDtypeStruct(q.shape, q.dtype)]
+    result = functools.partial(lanes.result, like=q)
+    out_shape = [result(q.shape, q.dtype)]
     if not tiling.tree:
-        out_shape.append(jax.ShapeDtypeStruct(k.shape, k.dtype))
-    out_shape += [float32(q.shape[1:]), jax.ShapeDtypeStruct(v.shape, jnp.float32 if tiling.tree else v.dtype)]
+        out_shape.append(result(k.shape, k.dtype))
+    out_shape += [result(q.shape[1:], jnp.float32), result(v.shape, jnp.float32 if tiling.tree else v.dtype)]
     scratch = [
         pltpu.VMEM((2 * S, head_dim), jnp.float32),
         pltpu.VMEM((2 * S, value_dim), jnp.float32),
@@ -328,7 +328,8 @@ def attention_backward(
             spec((1, groups, tiling.num_queries, S), lambda kv, g, a, b, u: (kv, 0, 0, 0)),
             spec((1, groups, 2 * S), lambda kv, g, a, b, u: (kv, 0, b)),
         ]
-        out_shape += [float32((num_kv, groups, tiling.num_queries, S)), float32((num_kv, groups, length))]
+        shapes = (num_kv, groups, tiling.num_queries, S), (num_kv, groups, length)
+        out_shape += [result(shape, jnp.float32) for shape in shapes]
         scratch += [
             pltpu.VMEM((groups, 2 * S, lanes.LANES), jnp.float32),
             pltpu.VMEM((groups, 2 * S, lanes.LANES), jnp.float32),

@@ -49,6 +49,7 @@ from pallas_kernels.blockwise.tpu.transform import (
     drain,
     gram_inverse,
     halves,
+    interleave,
     iota,
     is_left,
     key_level,
@@ -65,7 +66,7 @@ from pallas_kernels.blockwise.tpu.transform import (
 
 _LN2, _LOG2E = 0.6931471805599453, 1.4426950408889634
 _TILE = 256  # keys of an attention tile
-_PAIR_RATIO = 0.4  # steps of the attention inside pairs per step of the tree
+_PAIR_RATIO = 0.9  # steps of the attention inside pairs per step of the tree
 _KEY_RATIO = 0.6  # steps of the keys' tree, backwards, per step of the queries' UT transform
 _SMALLEST_BETA = 1e-12
 _f32 = jnp.float32
@@ -92,14 +93,11 @@ def _swap_blocks(x):
 
 
 def _alternate(main, side, ratio):
-    """Emits `side` spread over `main`, `ratio` steps of side per unit of main's cost, then the rest of it.
-
-    Steps that cost much more than others say so by yielding their cost, in matrix products of 128 x 128 x 128.
-    """
+    """Emits `side` spread over `main`, `ratio` steps of side per step of main, then the rest of it."""
     credit = 0.0
-    for cost in main:
-        yield cost
-        credit += ratio * (cost or 1)
+    for _ in main:
+        yield
+        credit += ratio
         while credit >= 1:
             credit -= 1
             yield from itertools.islice(side, 1)
@@ -154,14 +152,13 @@ def _level_attention(level, head, refs, keys):
     def finish(s, dp, tokens, key_rows, query_tokens, query_rows):
         p, ds = _tile_weights(s, dp, head, refs, tokens, query_tokens)
         yield
-        cost = s.size // PAIR**2
         p, ds = p.astype(v.dtype), ds.astype(dtype)
         refs["dv_state"][tokens] += dot(p, head.dout[query_tokens])
-        yield cost
+        yield
         _add(refs["dkey_moving"], (level, key_rows), dot(ds, head.queries.moving[level, query_rows]), head.is_first)
-        yield cost
+        yield
         refs["dq_state"][query_tokens] += dot(ds, keys.moving[level, key_rows], TN)
-        yield cost
+        yield
 
     waiting = None
     for start in range(0, head.q.shape[0], 2 * width):
@@ -174,9 +171,9 @@ def _level_attention(level, head, refs, keys):
             tokens = slice(start + offset, start + offset + size)
             key_rows = slice(first_key_row + offset, first_key_row + offset + size)
             s = dot(keys.moving[level, key_rows], head.queries.moving[level, query_rows], NT)
-            yield size * width // PAIR**2
+            yield
             dp = dot(v[tokens], head.dout[query_tokens], NT)
-            yield size * width // PAIR**2
+            yield
             if waiting is not None:
                 yield from finish(*waiting)
             waiting = (s, dp, tokens, key_rows, query_tokens, query_rows)
@@ -477,7 +474,7 @@ def _kernel(*refs, names, scale, base, ratio):
             refs["g"][1 - slot, p] = gram
             yield
 
-    drain(_alternate(previous_superchunk(), inversion(), ratio))
+    interleave(inversion(), previous_superchunk(), ratio)
 
 
 def chunk_backward(
@@ -501,7 +498,7 @@ def chunk_backward(
     cores=1,
     vmem_limit=64,
     base=16,
-    ratio=0.4,
+    ratio=2.3,
     interpret=False,
 ):
     """Gradients of `chunk_forward`, and of its attention as part of the attention to all superchunks.
@@ -518,7 +515,7 @@ def chunk_backward(
         base-2 operands: [BK, G, T, H] and [BK, T, H] in the dtype of q, float32 [BK, T / S, H, H].
       dv: float32 [BK, T, Hv], contribution of the queries of later superchunks.
       scale, superchunk, cores, vmem_limit, base, interpret: as in `chunk_forward`.
-      ratio: steps of the inversion per unit of cost of the previous superchunk (`_alternate`).
+      ratio: steps of the previous superchunk emitted per step of the inversion.
 
     Returns:
       dq [BK, G, T, H], dk, dw [BK, T, H], dv [BK, T, Hv] in the dtypes of the inputs, dbeta float32 [BK, T], and dgate

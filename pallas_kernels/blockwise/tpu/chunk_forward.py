@@ -17,7 +17,6 @@ S = 1024, G = 1). Shorter superchunks have too little work next to the inversion
 
 import functools
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
@@ -305,7 +304,7 @@ def chunk_forward(
         grid=(cores, per_core + 1),
         in_specs=[block for _, block in inputs.values()],
         out_specs=[block for *_, block in outputs.values()],
-        out_shape=[jax.ShapeDtypeStruct(shape, kind) for shape, kind, _ in outputs.values()],
+        out_shape=[lanes.result(shape, kind, q) for shape, kind, _ in outputs.values()],
         scratch_shapes=[pltpu.VMEM(shape, kind) for shape, kind in scratch.values()],
         name="path_chunk_forward",
         interpret=interpret,

@@ -288,8 +288,8 @@ def attention_forward(q, k, v, tiling: Tiling, *, gate=None, segments=None, last
             scratch_shapes=scratch,
         ),
         out_shape=[
-            jax.ShapeDtypeStruct((num_kv, groups, length, value_dim), v.dtype),
-            jax.ShapeDtypeStruct((num_kv, groups, 1, length), jnp.float32),
+            lanes.result((num_kv, groups, length, value_dim), v.dtype, q),
+            lanes.result((num_kv, groups, 1, length), jnp.float32, q),
         ],
         name="attention_forward",
         interpret=tiling.interpret,

@@ -1,4 +1,4 @@
-"""Per-token statistics in the two layouts the kernels use.
+"""Per-token statistics in the two layouts the kernels use, and the types of results.
 
 HBM holds one float per token, as rows [1, T]. Next to logits [queries, keys] a per-query statistic must be a column;
 it is kept replicated over the 128 lanes, [T, 128], because broadcasting a single lane is a slow cross-lane operation.
@@ -10,6 +10,11 @@ import jax
 import jax.numpy as jnp
 
 LANES = 128
+
+
+def result(shape, dtype, like):
+    """Result of a kernel; under `jax.shard_map` it varies over the mesh axes over which `like` does."""
+    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(like).manual_axis_type)
 
 
 def is_diagonal():

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.blockwise.tpu import lanes
 from pallas_kernels.blockwise.tpu.forward import dot
 
 _NT = (((1,), (1,)), ((), ()))
@@ -198,7 +199,7 @@ def lift_forward(q_top, k_top, transition, *, key_length: int, vmem_limit: int, 
         pltpu.VMEM((groups, superchunk, head_dim), q_top.dtype),
         pltpu.VMEM((superchunk, head_dim), q_top.dtype),
     ]
-    shape = jax.ShapeDtypeStruct((slots, num_kv, groups, key_length, head_dim), q_top.dtype)
+    shape = lanes.result((slots, num_kv, groups, key_length, head_dim), q_top.dtype, q_top)
     return _call(
         _forward_kernel, (q_top, k_top, transition), [queries, keys, transitions], versions, shape, scratch, num_chunks,
         "lift_forward", vmem_limit, interpret,
@@ -220,9 +221,9 @@ def lift_backward(versions, dversions, transition, *, vmem_limit: int, interpret
     stack = pltpu.VMEM((_level_starts(num_chunks)[-1], head_dim, head_dim), jnp.float32)
     length = num_chunks * superchunk
     shapes = [
-        jax.ShapeDtypeStruct((num_kv, groups, length, head_dim), versions.dtype),
-        jax.ShapeDtypeStruct((num_kv, length, head_dim), versions.dtype),
-        jax.ShapeDtypeStruct(transition.shape, jnp.float32),
+        lanes.result((num_kv, groups, length, head_dim), versions.dtype, versions),
+        lanes.result((num_kv, length, head_dim), versions.dtype, versions),
+        lanes.result(transition.shape, jnp.float32, versions),
     ]
     scratch = [
         stack,

@@ -71,13 +71,13 @@ class _Setting(NamedTuple):
     first_block: jax.Array | None
 
 
-def _setting(options: Options, inputs: Inputs, *, is_backward: bool) -> _Setting:
+def _setting(options: Options, inputs: Inputs, direction: str) -> _Setting:
     chip = tuning.chip()
     size = layout.geometry(inputs, tuning.superchunk(inputs.k.shape[1], inputs.q.dtype))
     is_path = inputs.w is not None
     tiling = Tiling(
         superchunk=size.superchunk,
-        keys=min(chip.backward_keys if is_backward else chip.forward_keys, size.superchunk),
+        keys=min(tuning.keys(size.kv_length, inputs.q.shape[3], direction), size.superchunk),
         num_queries=size.num_queries,
         num_keys=size.num_keys,
         tree=is_path,
@@ -193,7 +193,7 @@ def _axes(inputs):
 
 
 def _forward(options, inputs):
-    setting = _setting(options, inputs, is_backward=False)
+    setting = _setting(options, inputs, "forward")
     size, kept = setting.size, None
     if setting.tiling.tree:
         out, lse, kept = _path_forward(options, inputs, setting)
@@ -215,7 +215,7 @@ def _own_gate(setting):
 
 
 def _backward(options, inputs, out, lse, kept, dout, dlse):
-    setting = _setting(options, inputs, is_backward=True)
+    setting = _setting(options, inputs, "backward")
     size = setting.size
     delta = jnp.einsum("btnv,btnv->bnt", dout, out, preferred_element_type=jnp.float32)
     delta = delta - jnp.where(jnp.isneginf(lse), 0, dlse)

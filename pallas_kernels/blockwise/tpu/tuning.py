@@ -1,27 +1,33 @@
-"""Block sizes per TPU generation."""
+"""Block sizes per TPU generation, head dim and length.
+
+`keys.json` holds the keys per inner step of the quadratic stage, as `python -m pallas_kernels.benchmark tune` found
+them; a call takes the row of its chip whose head dim and then length are nearest to its own.
+"""
 
 import dataclasses
+import json
+import math
+from pathlib import Path
 
 import jax
+
+TABLE = Path(__file__).with_name("keys.json")
+_KEYS = json.loads(TABLE.read_text())
+# A row that is tried instead of the table's, while tuning.
+_forced = jax.make_user_context(default_value=None)
 
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
     """What the kernels adapt to."""
 
+    name: str
     cores: int  # TensorCores that one device drives
-    forward_keys: int  # keys per inner step of the quadratic stage
-    backward_keys: int
     vmem: int  # MiB a kernel may use
 
 
-_CHIPS = {
-    "v4": Chip(cores=2, forward_keys=512, backward_keys=512, vmem=15),
-    "v5e": Chip(cores=1, forward_keys=512, backward_keys=512, vmem=100),
-    "v5p": Chip(cores=2, forward_keys=512, backward_keys=512, vmem=56),
-    "v6e": Chip(cores=1, forward_keys=256, backward_keys=512, vmem=100),
-}
-_KINDS = {"v4": "v4", "v5 lite": "v5e", "v5e": "v5e", "v5p": "v5p", "v5": "v5p", "v6 lite": "v6e", "v6e": "v6e"}
+_CHIPS = {chip.name: chip for chip in (Chip("v4", 2, 15), Chip("v5e", 1, 100), Chip("v5p", 2, 56), Chip("v6e", 1, 100))}
+_KINDS = {"v5 lite": "v5e", "v5": "v5p", "v6 lite": "v6e"}  # as devices call them
 _DEFAULT = "v5e"
 
 
@@ -39,7 +45,7 @@ def is_tpu_expected() -> bool:
 def chip() -> Chip:
     """The TPU that is being compiled for; v5e where that is unknown."""
     name = _device_kind().removeprefix("tpu").strip()
-    return _CHIPS[_KINDS.get(name, _DEFAULT)]
+    return _CHIPS.get(_KINDS.get(name, name), _CHIPS[_DEFAULT])
 
 
 def superchunk(length: int, dtype) -> int:
@@ -50,3 +56,19 @@ def superchunk(length: int, dtype) -> int:
     sizes = (1024, 512, 256, 128) if dtype.itemsize == 2 else (256, 128)
     smallest = -(-length // 128) * 128
     return next(size for size in sizes if -(-length // size) * size <= 1.15 * smallest)
+
+
+def keys(length: int, head_dim: int, direction: str) -> int:
+    """Keys per inner step for the direction "forward" or "backward"."""
+    if _forced.value is not None:
+        return _forced.value
+
+    def distance(row):
+        return abs(math.log(row["head_dim"] / head_dim)), abs(math.log(row["length"] / length))
+
+    return min((row for row in _KEYS if row["chip"] == chip().name), key=distance)[direction]
+
+
+def force_keys(count: int):
+    """Context manager under which every call takes `count` keys per inner step."""
+    return _forced(count)
