@@ -33,7 +33,8 @@ def _kernel(*refs, tiling, groups, has_gate, has_segments, has_bounds, dq_scale,
     (uniform,) = take(1) if has_segments else (None,)
     (totals,) = take(1) if has_gate else (None,)
     q, k, v, dout, lse, delta = take(6)
-    tail, inside = take(2) if has_gate else (None, None)
+    (tail,) = take(1) if has_gate else (None,)
+    (inside,) = take(1) if has_gate and not tiling.tree else (None,)
     key_ids, query_ids = take(2) if has_segments else (None, None)
     (dq,) = take(1)
     (dk,) = (dq,) if tiling.tree else take(1)
@@ -319,11 +320,11 @@ def attention_backward(
         pltpu.SemaphoreType.DMA((3,)),
     ]
     if has_gate:
-        operands += [gate.tail, gate.inside]
-        in_specs += [
-            spec((1, groups, 2 * S), lambda kv, g, a, b, u: (kv, 0, b)),
-            spec((1, groups, S), lambda kv, g, a, b, u: (kv, 0, a + offset)),
-        ]
+        operands.append(gate.tail)
+        in_specs.append(spec((1, groups, 2 * S), lambda kv, g, a, b, u: (kv, 0, b)))
+        if not tiling.tree:
+            operands.append(gate.inside)
+            in_specs.append(spec((1, groups, S), lambda kv, g, a, b, u: (kv, 0, a + offset)))
         out_specs += [
             spec((1, groups, tiling.num_queries, S), lambda kv, g, a, b, u: (kv, 0, 0, 0)),
             spec((1, groups, 2 * S), lambda kv, g, a, b, u: (kv, 0, b)),

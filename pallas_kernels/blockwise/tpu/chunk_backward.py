@@ -36,30 +36,17 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.blockwise.tpu import lanes
+from pallas_kernels.blockwise.tpu import lanes, transform
 from pallas_kernels.blockwise.tpu.transform import (
     BLOCK,
-    MASKED,
     NT,
     PAIR,
     TN,
     Versions,
     block_rows,
     dot,
-    drain,
-    gram_inverse,
-    halves,
-    interleave,
     iota,
     is_left,
-    key_level,
-    key_products,
-    product_shape,
-    product_slot,
-    query_level,
-    query_products,
-    roll,
-    solved_shape,
     split,
     twice,
 )
@@ -77,9 +64,9 @@ def _add(ref, index, x, is_first):
     ref[index] = x if is_first else ref[index] + x
 
 
-def _own_lanes(block, rows=BLOCK):
+def _own_lanes(block):
     """Lanes that hold a block in the [odd | even] order of the pair tiles."""
-    return ~is_left(rows) if block % 2 == 0 else is_left(rows)
+    return is_left() if block % 2 else ~is_left()
 
 
 def _own_order(block, own, other):
@@ -135,7 +122,7 @@ def _tile_weights(s, dp, head, refs, keys, queries):
         s = s - lanes.widen(refs["gate_columns"][keys], width)
     if "segments" in refs:
         same = lanes.widen(refs["segment_columns"][keys], width) == refs["segments"][0, :, queries]
-        s = jnp.where(same, s, MASKED)
+        s = jnp.where(same, s, transform.MASKED)
     p = jnp.exp2(s - head.lse[:, queries])
     ds = p * (dp - head.delta[:, queries])
     if head.gate is not None:
@@ -229,7 +216,7 @@ def _query_level_backward(level, head, refs):
     num_blocks = length // BLOCK
     for s in range(num_blocks >> (level + 1)):
         block = 2 * count * s + count
-        slot = product_slot(level, 2 * s, num_blocks)
+        slot = transform.product_slot(level, 2 * s, num_blocks)
         dx = state[block_rows(block, count)].astype(dtype)
         state[block_rows(block, count)] = dot(dx, products[slot, :, :head_dim], NT)
         yield
@@ -254,7 +241,7 @@ def _query_transform_backward(head, refs, scale):
         gram = dot(w[rows], q[rows], NT)
         yield
         gram = jnp.where(row <= column, jnp.where(left, gram[:BLOCK], gram[BLOCK:]), 0.0)
-        y_transposed[2 * p], y_transposed[2 * p + 1] = halves(gram, dtype)
+        y_transposed[2 * p], y_transposed[2 * p + 1] = transform.halves(gram, dtype)
     dq = {}
     for b in blocks:
         dq[b] = (refs["dq_state"][block_rows(b)] * scale).astype(dtype)
@@ -286,9 +273,9 @@ def _levels(head, refs, keys):
     """Emits the tree upwards, for the first head also that of the keys, and down again, above the pairs."""
     products = refs["products"]
     for level in range(keys.num_levels - 1):
-        query_steps = query_level(level, head.queries, products)
+        query_steps = transform.query_level(level, head.queries, products)
         if head.is_first:
-            yield from _alternate(key_level(level, keys, products), query_steps, 0.5)
+            yield from _alternate(transform.key_level(level, keys, products), query_steps, 0.5)
         else:
             yield from query_steps
     for level in reversed(range(1, keys.num_levels)):
@@ -298,9 +285,8 @@ def _levels(head, refs, keys):
 
 def _query_attention(head, refs, keys, scale):
     """Emits one query head as far as dQ' and dS, and what it adds to keys, values and products."""
-    yield from query_products(
-        head.q, refs["w_before"], refs["k_before"], refs["solved"], keys, head.queries, refs["logits"], scale=scale
-    )
+    w, k, solved = (refs[name] for name in ("w_before", "k_before", "solved"))
+    yield from transform.query_products(head.q, w, k, solved, keys, head.queries, refs["logits"], scale=scale)
     refs["dq_state"][...] = head.dq_top[...].astype(_f32)
     if head.gate is not None:
         refs["gate_columns"][...] = lanes.to_columns(head.gate[...])
@@ -323,15 +309,12 @@ def _key_levels_backward(refs, keys):
     for level in reversed(range(keys.num_levels)):
         count = 1 << level
         for s in range(num_blocks >> (level + 1)):
-            slots = [product_slot(level, 2 * s + i, num_blocks) for i in (0, 1)]
+            slots = [transform.product_slot(level, 2 * s + i, num_blocks) for i in (0, 1)]
             left, right = (products[slot, :, :head_dim] for slot in slots)
-            if level + 1 == keys.num_levels:
-                dproduct = refs["dtransition"][0, 0]
-            else:
-                dproduct = dproducts[product_slot(level + 1, s, num_blocks)]
+            whole = transform.product_slot(level + 1, s, num_blocks)
+            dproduct = refs["dtransition"][0, 0] if level + 1 == keys.num_levels else dproducts[whole]
             dproduct = dproduct.astype(dtype)
-            block = 2 * count * s
-            rows, moving = block_rows(block, count), Versions.rows(level, block, count)
+            rows, moving = block_rows(2 * count * s, count), Versions.rows(level, 2 * count * s, count)
             dy = state[rows].astype(dtype)
             dproducts[slots[0]] += dot(right, dproduct, TN)
             yield
@@ -367,14 +350,14 @@ def _key_transform_backward(heads, refs, t_transposed):
         du = split(refs["dsolved"][b, :, :head_dim] + dot(w[block_rows(b)], dp[b]), dtype)
         dag = jnp.where(own & (column < row), refs["dsolved"][b, :, head_dim:] + at_block(w_dk, b), 0.0)
         hi, lo = split(dag, dtype)
-        right_hand[b] = jnp.concatenate([*du, hi + roll(lo, BLOCK)], 1).astype(dtype)
+        right_hand[b] = jnp.concatenate([*du, hi + transform.roll(lo, BLOCK)], 1).astype(dtype)
         yield
     x, z = {}, {}
     for b in blocks:
         product = dot(t_transposed[b // 2, block_rows(b % 2)], twice(right_hand[b]))
         x[b] = product[:, :head_dim] + product[:, head_dim : 2 * head_dim]
         z[b] = product[:, 2 * head_dim :]
-        z[b] += roll(z[b], BLOCK)
+        z[b] += transform.roll(z[b], BLOCK)
         yield
     for p in pairs:
         sums = []
@@ -438,26 +421,26 @@ def _kernel(*refs, names, scale, base, ratio):
         return _Head(**{n: view(n) for n in names}, selected=refs["selected"].at[g], queries=queries, is_first=is_first)
 
     def previous_superchunk():
-        yield from key_products(w, k, refs["a"].at[slot], refs["g"].at[slot], refs["solved"], refs["products"], keys)
+        a, g, solved = refs["a"].at[slot], refs["g"].at[slot], refs["solved"]
+        yield from transform.key_products(w, k, a, g, solved, refs["products"], keys)
         for b in range(w.shape[0] // BLOCK):
-            ag = refs["solved"][b, :, 2 * w.shape[1] :].astype(_f32)
-            ag = jnp.where(_own_lanes(b), jnp.where(is_left(), ag, roll(ag, BLOCK)), 0.0)
+            ag = solved[b, :, 2 * w.shape[1] :].astype(_f32)
+            ag = jnp.where(_own_lanes(b), jnp.where(is_left(), ag, transform.roll(ag, BLOCK)), 0.0)
             refs["ag_own"][b] = ag.astype(w.dtype)
         refs["dv_state"][...] = refs["dv_later"][0]
         refs["dk_state"][...] = refs["dk_top"][0].astype(_f32)
         if "segments" in refs:
             columns = lanes.to_columns(refs["segments"][0].astype(_f32)).astype(jnp.int32)
             refs["segment_columns"][...] = jnp.where(columns > 0, columns, -1)  # padding matches nothing
-        first = head(0, True)
-        yield from _query_attention(first, refs, keys, scale)
-        query_steps = _query_transform_backward(first, refs, scale)
+        yield from _query_attention(head(0, True), refs, keys, scale)
+        query_steps = _query_transform_backward(head(0, True), refs, scale)
         if group > 1:
             yield from query_steps
             query_steps = iter(())
 
             def other_head(g, carry):
-                drain(_query_attention(head(g), refs, keys, scale))
-                drain(_query_transform_backward(head(g), refs, scale))
+                transform.drain(_query_attention(head(g), refs, keys, scale))
+                transform.drain(_query_transform_backward(head(g), refs, scale))
                 return carry
 
             lax.fori_loop(1, group, other_head, 0)
@@ -467,14 +450,14 @@ def _kernel(*refs, names, scale, base, ratio):
 
     def inversion():
         w, k, beta = (refs[name].at[0] for name in ("w", "k", "beta"))
-        inverses, grams = yield from gram_inverse(w, k, beta[0], base=base)
+        inverses, grams = yield from transform.gram_inverse(w, k, beta[0], base=base)
         for p, (inverse, gram) in enumerate(zip(inverses, grams)):
             refs["t_transposed"][1 - slot, p] = jnp.concatenate(split(inverse, w.dtype), 0).astype(w.dtype).T
             refs["a"][1 - slot, p] = inverse * beta[0, p : p + 1]
             refs["g"][1 - slot, p] = gram
             yield
 
-    interleave(inversion(), previous_superchunk(), ratio)
+    transform.interleave(inversion(), previous_superchunk(), ratio)
 
 
 def chunk_backward(
@@ -524,11 +507,8 @@ def chunk_backward(
     heads, group, length, head_dim = q.shape
     v_dim, dtype = v.shape[-1], q.dtype
     num_chunks, pairs, num_blocks = length // superchunk, superchunk // PAIR, superchunk // BLOCK
-    num_levels = num_blocks.bit_length() - 1
-    total = heads * num_chunks
-    cores = cores if total % cores == 0 else 1
-    per_core = total // cores
-    beta_rows = max(8, pairs)
+    cores = cores if heads * num_chunks % cores == 0 else 1
+    per_core, beta_rows = heads * num_chunks // cores, max(8, pairs)
 
     def spec(shape, index, lag=1):
         """Block of the superchunk of this step (lag 0) or of the previous one (lag 1); `index` gets head and chunk."""
@@ -573,15 +553,14 @@ def chunk_backward(
         "dv": (v.shape, v.dtype, rows(v_dim)),
         "dbeta": ((heads, num_chunks, pairs, PAIR), _f32, spec((1, 1, pairs, PAIR), whole)),
     }
-    tile = (pairs, PAIR, PAIR)
-    moving = (num_levels, superchunk // 2, head_dim)
+    tile, moving = (pairs, PAIR, PAIR), (num_blocks.bit_length() - 1, superchunk // 2, head_dim)
     scratch = {
         "t_transposed": ((2, *tile), dtype),
         "a": ((2, pairs, BLOCK, PAIR), _f32),
         "g": ((2, pairs, BLOCK, PAIR), _f32),
-        "solved": (solved_shape(num_blocks, head_dim), dtype),
+        "solved": (transform.solved_shape(num_blocks, head_dim), dtype),
         "ag_own": ((num_blocks, BLOCK, PAIR), dtype),
-        "products": (product_shape(num_blocks, head_dim, dtype), dtype),
+        "products": (transform.product_shape(num_blocks, head_dim, dtype), dtype),
         "key_moving": (moving, dtype),
         "key_last": ((superchunk, head_dim), dtype),
         "query_moving": (moving, dtype),
@@ -602,9 +581,10 @@ def chunk_backward(
         scratch["gate_columns"] = scratch["dgate_columns"] = ((superchunk, PAIR), _f32)
     if segment_ids is not None:
         per_row = heads // segment_ids.shape[0]
-        segments = spec((1, 1, superchunk), lambda h, c: (lax.div(h, per_row), 0, c))
-        inputs["segments"] = (segment_ids[:, None], segments)
+        index = lambda h, c: (lax.div(h, per_row), 0, c)
+        inputs["segments"] = (segment_ids[:, None], spec((1, 1, superchunk), index))
         scratch["segment_columns"] = ((superchunk, PAIR), jnp.int32)
+    params = pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=vmem_limit << 20)
     results = pl.pallas_call(
         functools.partial(_kernel, names=(*inputs, *outputs, *scratch), scale=scale * _LOG2E, base=base, ratio=ratio),
         grid=(cores, per_core + 1),
@@ -614,11 +594,7 @@ def chunk_backward(
         scratch_shapes=[pltpu.VMEM(shape, kind) for shape, kind in scratch.values()],
         name="path_chunk_backward",
         interpret=interpret,
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=vmem_limit << 20
-        ),
+        compiler_params=params,
     )(*[x for x, _ in inputs.values()])
-    results = dict(zip(outputs, results))
-    dgate = results["dgate"].reshape(heads, group, length) if gate is not None else None
-    dbeta = results["dbeta"].reshape(heads, length)
-    return results["dq"], results["dk"], results["dw"], results["dv"], dbeta, dgate
+    dgate = None if gate is None else results[5].reshape(heads, group, length)
+    return (*results[:4], results[4].reshape(heads, length), dgate)

@@ -69,7 +69,8 @@ def _kernel(*refs, tiling, has_gate, has_segments, has_bounds):
     (uniform,) = take(1) if has_segments else (None,)
     (totals,) = take(1) if has_gate else (None,)
     q, k, v = take(3)
-    tail, gate = take(2) if has_gate else (None, None)
+    (tail,) = take(1) if has_gate else (None,)
+    (inside,) = take(1) if has_gate and not tiling.tree else (None,)
     key_ids, query_ids = take(2) if has_segments else (None, None)
     partial_out, partial_lse = take(2) if tiling.tree else (None, None)
     out, lse, maximum, normaliser, acc = take(5)
@@ -126,7 +127,7 @@ def _kernel(*refs, tiling, has_gate, has_segments, has_bounds):
         tiles = []
         for start in range(0, S, size):
             rows, keys = slice(start, start + size), slice(half * S, half * S + start + size)
-            bias = -gate[0, :, : start + size] if has_gate else None
+            bias = -inside[0, :, : start + size] if has_gate else None
             s = logits(rows, keys, start, masked, bias)
             own = jnp.where(causal, s[:, start:], MASKED)
             tiles.append((rows, keys, own if start == 0 else jnp.concatenate([s[:, :start], own], 1)))
@@ -247,11 +248,11 @@ def attention_forward(q, k, v, tiling: Tiling, *, gate=None, segments=None, last
         spec((1, 2 * S, value_dim), lambda h, kv, g, a, b, u: (kv, b, 0)),
     ]
     if gate is not None:
-        operands += [x.reshape(num_kv * groups, 1, -1) for x in (gate.tail, gate.inside)]
-        in_specs += [
-            spec((1, 1, 2 * S), lambda h, kv, g, a, b, u: (h, 0, b)),
-            spec((1, 1, S), lambda h, kv, g, a, b, u: (h, 0, a + offset)),
-        ]
+        operands.append(gate.tail.reshape(num_kv * groups, 1, -1))
+        in_specs.append(spec((1, 1, 2 * S), lambda h, kv, g, a, b, u: (h, 0, b)))
+        if not tiling.tree:
+            operands.append(gate.inside.reshape(num_kv * groups, 1, -1))
+            in_specs.append(spec((1, 1, S), lambda h, kv, g, a, b, u: (h, 0, a + offset)))
     if segments is not None:
         operands += [segments.ids, segments.ids]
         in_specs += [

@@ -59,22 +59,35 @@ def _has_queries_above(chunk, level, num_chunks):
     return (((chunk >> (level + 1)) + 1) << (level + 1)) < num_chunks
 
 
-def _forward_kernel(q_top, k_top, transition, versions, stack, query, key, *, num_chunks):
-    chunk = pl.program_id(1)
+def _forward_kernel(q_top, k_top, transition, versions, stack, query, key, staged, semaphores, *, num_chunks):
+    kv, chunk = pl.program_id(0), pl.program_id(1)
     starts = _level_starts(num_chunks)
-    slots = versions.shape[0]
+    slots, superchunk = versions.shape[0], key.shape[0]
+    buffer = chunk & 1
+
+    def each_copy(chunk, act):
+        """Acts on the copies of a superchunk's versions to HBM: a whole group of queries or one head of keys."""
+        buffer, rows = chunk & 1, pl.ds(chunk * superchunk, superchunk)
+        for level in range(slots):
+            source, target = staged.at[buffer, level], versions.at[level, kv]
+            queries = pltpu.make_async_copy(source, target.at[:, rows], semaphores.at[buffer, level])
+            keys = pltpu.make_async_copy(source.at[0], target.at[0, rows], semaphores.at[buffer, level])
+            pl.when(_is_query(chunk, level))(functools.partial(act, queries))
+            pl.when(jnp.logical_not(_is_query(chunk, level)))(functools.partial(act, keys))
+
     pl.when(chunk == 0)(lambda: _merge(stack, transition, starts))
+    pl.when(chunk >= 2)(lambda: each_copy(chunk - 2, lambda copy: copy.wait()))
     query[...], key[...] = q_top[0], k_top[0]
     for level in range(slots):
         is_query = _is_query(chunk, level)
 
         @pl.when(is_query)
         def _(level=level):
-            versions[level, 0] = query[...]
+            staged[buffer, level] = query[...]
 
         @pl.when(jnp.logical_not(is_query))
         def _(level=level):
-            versions[level, 0, 0] = key[...]
+            staged[buffer, level, 0] = key[...]
 
         if level + 1 == slots:
             break
@@ -89,6 +102,13 @@ def _forward_kernel(q_top, k_top, transition, versions, stack, query, key, *, nu
         def _(level=level):
             right = stack[starts[level] + (chunk >> level) + 1].astype(key.dtype)
             key[...] = dot(key[...], right, _NT).astype(key.dtype)
+
+    each_copy(chunk, lambda copy: copy.start())
+
+    @pl.when(chunk == num_chunks - 1)
+    def _():
+        each_copy(chunk - 1, lambda copy: copy.wait())
+        each_copy(chunk, lambda copy: copy.wait())
 
 
 def _backward_kernel(
@@ -193,15 +213,18 @@ def lift_forward(q_top, k_top, transition, *, key_length: int, vmem_limit: int, 
     num_kv, groups, length, head_dim = q_top.shape
     num_chunks = transition.shape[1]
     superchunk, slots = length // num_chunks, num_slots(num_chunks)
-    queries, keys, transitions, versions = _specs(groups, num_chunks, superchunk, head_dim, slots)
+    queries, keys, transitions, _ = _specs(groups, num_chunks, superchunk, head_dim, slots)
+    in_hbm = pl.BlockSpec(memory_space=pl.ANY)
     scratch = [
         pltpu.VMEM((_level_starts(num_chunks)[-1], head_dim, head_dim), jnp.float32),
         pltpu.VMEM((groups, superchunk, head_dim), q_top.dtype),
         pltpu.VMEM((superchunk, head_dim), q_top.dtype),
+        pltpu.VMEM((2, slots, groups, superchunk, head_dim), q_top.dtype),
+        pltpu.SemaphoreType.DMA((2, slots)),
     ]
     shape = lanes.result((slots, num_kv, groups, key_length, head_dim), q_top.dtype, q_top)
     return _call(
-        _forward_kernel, (q_top, k_top, transition), [queries, keys, transitions], versions, shape, scratch, num_chunks,
+        _forward_kernel, (q_top, k_top, transition), [queries, keys, transitions], in_hbm, shape, scratch, num_chunks,
         "lift_forward", vmem_limit, interpret,
     )  # fmt: skip
 
