@@ -16,6 +16,18 @@ def unit_directions(w: Float[Array, "B T K H"]) -> Float[Array, "B T K H"]:
     return w * jax.lax.rsqrt(jnp.sum(jnp.square(w), axis=-1, keepdims=True) + 1e-6)
 
 
+def rounded_directions(
+    w: Float[Array, "B T K H"], beta: Float[Array, "B T K"], dtype
+) -> tuple[Float[Array, "B T K H"], Float[Array, "B T K"]]:
+    """Directions rounded to `dtype`, and strengths divided by their squared norms.
+
+    `I - beta w^T w / |w|^2` is exactly the reflection along the rounded direction: rounding changes the model a little,
+    the same way wherever it runs, and no product of reflections grows.
+    """
+    w = w.astype(dtype)
+    return w, beta / jnp.sum(jnp.square(w.astype(jnp.float32)), axis=-1)
+
+
 class PathAttention(nn.Module):
     """Multi-head attention with accumulated Householder position encoding.
 
@@ -30,8 +42,10 @@ class PathAttention(nn.Module):
       qk_norm: RMS norm of each query and key head, scale shared by the heads.
       gate_scale: factor of the forget gate in the logits; None means the logit scale, as in flash-linear-attention.
       beta_max: clips beta below 2, for runs in which rounding lets products of reflections grow.
+      round_directions: rounds w to the compute dtype, keeping reflections exact. TPU kernels compute their linear stage
+        in the dtype of w, in bfloat16 several times as fast.
       prune: see pallas_kernels.path_attention.
-      dtype: compute dtype, the input's by default. w, beta and the gate are float32 always.
+      dtype: compute dtype, the input's by default. beta, the gate and, unless rounded, w are float32 always.
       implementation: see pallas_kernels.path_attention.
 
     Source: Yang et al., "PaTH Attention", sections 3 and 4.
@@ -46,6 +60,7 @@ class PathAttention(nn.Module):
     qk_norm: bool = False
     gate_scale: float | None = 1.0
     beta_max: float = 2.0
+    round_directions: bool = False
     prune: float | str | None = None
     dtype: jnp.dtype | None = None
     implementation: str | None = None
@@ -91,6 +106,8 @@ class PathAttention(nn.Module):
         w = Tap(name="w")(unit_directions(heads(w)))
         beta = linear(num_kv_heads, "beta_proj", dtype=dtype, use_bias=True)(x)
         beta = Tap(name="beta")(jnp.minimum(2 * nn.sigmoid(beta.astype(jnp.float32)), self.beta_max))
+        if self.round_directions:
+            w, beta = rounded_directions(w, beta, dtype)
         log_forget = None
         if self.forget_gate:
             gate = linear(self.num_heads, "forget_proj", dtype=dtype, use_bias=True)(x)

@@ -10,7 +10,7 @@ import pytest
 
 from path_jax.mixers import MIXERS, ForgettingAttention, PathAttention
 from path_jax.mixers.attention import timescale_biases
-from path_jax.mixers.path_attention import unit_directions
+from path_jax.mixers.path_attention import rounded_directions, unit_directions
 from path_jax.nn.taps import is_tap
 
 WIDTH, HEADS, KV_HEADS, HEAD_DIM = 32, 4, 2, 8
@@ -197,6 +197,20 @@ def test_path_reflections(beta_max):
 def test_directions_of_zeros_are_finite():
     gradient = jax.grad(lambda w: jnp.sum(unit_directions(w)))(jnp.zeros((1, 4, 2, HEAD_DIM)))
     assert np.isfinite(gradient).all()
+
+
+def test_rounded_directions_are_exact_reflections():
+    """`beta |w|^2` is kept, so that beta = 2 stays orthogonal and beta = 1 a projection."""
+    w = unit_directions(jax.random.normal(jax.random.key(0), (1, 5, 2, HEAD_DIM)))
+    beta = jnp.full((1, 5, 2), 2.0)
+    rounded, scaled = rounded_directions(w, beta, jnp.bfloat16)
+    assert rounded.dtype == jnp.bfloat16
+    wide = rounded.astype(jnp.float32)
+    reflection = jnp.eye(HEAD_DIM) - scaled[..., None, None] * wide[..., :, None] * wide[..., None, :]
+    np.testing.assert_allclose(
+        reflection @ reflection, jnp.broadcast_to(jnp.eye(HEAD_DIM), reflection.shape), atol=1e-6
+    )
+    np.testing.assert_allclose(wide, w, atol=4e-3)
 
 
 def test_timescale_biases():
