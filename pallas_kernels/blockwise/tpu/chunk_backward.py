@@ -30,7 +30,6 @@ import functools
 import itertools
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
@@ -430,7 +429,7 @@ def _kernel(*refs, names, scale, base, ratio):
         refs["dv_state"][...] = refs["dv_later"][0]
         refs["dk_state"][...] = refs["dk_top"][0].astype(_f32)
         if "segments" in refs:
-            columns = lanes.to_columns(refs["segments"][0].astype(_f32)).astype(jnp.int32)
+            columns = lanes.to_integer_columns(refs["segments"][0])
             refs["segment_columns"][...] = jnp.where(columns > 0, columns, -1)  # padding matches nothing
         yield from _query_attention(head(0, True), refs, keys, scale)
         query_steps = _query_transform_backward(head(0, True), refs, scale)
@@ -590,7 +589,7 @@ def chunk_backward(
         grid=(cores, per_core + 1),
         in_specs=[block for _, block in inputs.values()],
         out_specs=[block for *_, block in outputs.values()],
-        out_shape=[jax.ShapeDtypeStruct(shape, kind) for shape, kind, _ in outputs.values()],
+        out_shape=[lanes.result(shape, kind, q) for shape, kind, _ in outputs.values()],
         scratch_shapes=[pltpu.VMEM(shape, kind) for shape, kind in scratch.values()],
         name="path_chunk_backward",
         interpret=interpret,

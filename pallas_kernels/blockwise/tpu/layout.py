@@ -62,6 +62,11 @@ def geometry(inputs: Inputs, superchunk: int) -> Geometry:
     return Geometry(superchunk, length, kv_length, batch, num_heads, num_kv_heads)
 
 
+def padded(head_dim: int) -> int:
+    """Head dim in whole lanes."""
+    return -(-head_dim // lanes.LANES) * lanes.LANES
+
+
 def pad(x, axis, before, total):
     """Zeros around x along one axis, up to a length of `total`."""
     widths = [(0, 0)] * x.ndim
@@ -73,7 +78,7 @@ def per_key_head(x, size: Geometry, length: int):
     """[B, S, heads, *H] -> [B heads, length, *H]; H, if there, padded to whole lanes."""
     x = jnp.moveaxis(pad(x, 1, 0, length), 2, 1)
     x = x.reshape(-1, *x.shape[2:])
-    return pad(x, 2, 0, -(-x.shape[2] // lanes.LANES) * lanes.LANES) if x.ndim == 3 else x
+    return pad(x, 2, 0, padded(x.shape[2])) if x.ndim == 3 else x
 
 
 def per_query_head(x, size: Geometry):

@@ -23,6 +23,7 @@ from pallas_kernels.blockwise.tpu.forward import dot
 
 _NT = (((1,), (1,)), ((), ()))
 _TN = (((0,), (0,)), ((), ()))
+_IN_HBM = pl.BlockSpec(memory_space=pl.ANY)
 
 
 def num_slots(num_chunks: int) -> int:
@@ -38,10 +39,14 @@ def _level_starts(num_chunks):
     return starts
 
 
-def _merge(stack, transition, starts):
-    """Fills the stack: the transitions, then the products of 2, 4, ... of them."""
-    num_chunks = transition.shape[1]
-    stack[:num_chunks] = transition[0]
+def stack_bytes(num_chunks: int, head_dim: int) -> int:
+    """VMEM that the backward kernel needs for products and their cotangents; it grows with the length."""
+    return 2 * 4 * _level_starts(num_chunks)[-1] * head_dim**2
+
+
+def _merge(stack, transition, starts, kv):
+    """Fills the stack: the head's transitions, then the products of 2, 4, ... of them."""
+    pltpu.sync_copy(transition.at[kv], stack.at[pl.ds(0, transition.shape[1])])
     for below, above, end in zip(starts, starts[1:], starts[2:]):
 
         def merge_pair(s, _, below=below, above=above):
@@ -75,7 +80,7 @@ def _forward_kernel(q_top, k_top, transition, versions, stack, query, key, stage
             pl.when(_is_query(chunk, level))(functools.partial(act, queries))
             pl.when(jnp.logical_not(_is_query(chunk, level)))(functools.partial(act, keys))
 
-    pl.when(chunk == 0)(lambda: _merge(stack, transition, starts))
+    pl.when(chunk == 0)(lambda: _merge(stack, transition, starts, kv))
     pl.when(chunk >= 2)(lambda: each_copy(chunk - 2, lambda copy: copy.wait()))
     query[...], key[...] = q_top[0], k_top[0]
     for level in range(slots):
@@ -114,13 +119,13 @@ def _forward_kernel(q_top, k_top, transition, versions, stack, query, key, stage
 def _backward_kernel(
     versions, dversions, transition, dq_top, dk_top, dtransition, stack, dstack, dquery, dkey, *, num_chunks
 ):
-    chunk = pl.program_id(1)
+    kv, chunk = pl.program_id(0), pl.program_id(1)
     starts = _level_starts(num_chunks)
     slots, groups, dtype = versions.shape[0], versions.shape[2], versions.dtype
 
     @pl.when(chunk == 0)
     def _():
-        _merge(stack, transition, starts)
+        _merge(stack, transition, starts, kv)
         dstack[...] = jnp.zeros_like(dstack)
 
     dquery[...] = jnp.zeros_like(dquery)
@@ -168,15 +173,14 @@ def _backward_kernel(
                 dstack[left] += dot(stack[right], product, _TN)
 
             jax.lax.fori_loop(0, end - above, split_pair, None)
-        dtransition[0] = dstack[:num_chunks]
+        pltpu.sync_copy(dstack.at[pl.ds(0, num_chunks)], dtransition.at[kv])
 
 
-def _specs(groups, num_chunks, superchunk, head_dim, slots):
-    """Blocks of (queries, keys, transitions, versions) for the grid (kv head, superchunk)."""
+def _specs(groups, superchunk, head_dim, slots):
+    """Blocks of (queries, keys, versions) for the grid (kv head, superchunk)."""
     return (
         pl.BlockSpec((1, groups, superchunk, head_dim), lambda kv, c: (kv, 0, c, 0)),
         pl.BlockSpec((1, superchunk, head_dim), lambda kv, c: (kv, c, 0)),
-        pl.BlockSpec((1, num_chunks, head_dim, head_dim), lambda kv, c: (kv, 0, 0, 0)),
         pl.BlockSpec((slots, 1, groups, superchunk, head_dim), lambda kv, c: (0, kv, 0, c, 0)),
     )
 
@@ -213,8 +217,7 @@ def lift_forward(q_top, k_top, transition, *, key_length: int, vmem_limit: int, 
     num_kv, groups, length, head_dim = q_top.shape
     num_chunks = transition.shape[1]
     superchunk, slots = length // num_chunks, num_slots(num_chunks)
-    queries, keys, transitions, _ = _specs(groups, num_chunks, superchunk, head_dim, slots)
-    in_hbm = pl.BlockSpec(memory_space=pl.ANY)
+    queries, keys, _ = _specs(groups, superchunk, head_dim, slots)
     scratch = [
         pltpu.VMEM((_level_starts(num_chunks)[-1], head_dim, head_dim), jnp.float32),
         pltpu.VMEM((groups, superchunk, head_dim), q_top.dtype),
@@ -224,7 +227,7 @@ def lift_forward(q_top, k_top, transition, *, key_length: int, vmem_limit: int, 
     ]
     shape = lanes.result((slots, num_kv, groups, key_length, head_dim), q_top.dtype, q_top)
     return _call(
-        _forward_kernel, (q_top, k_top, transition), [queries, keys, transitions], in_hbm, shape, scratch, num_chunks,
+        _forward_kernel, (q_top, k_top, transition), [queries, keys, _IN_HBM], _IN_HBM, shape, scratch, num_chunks,
         "lift_forward", vmem_limit, interpret,
     )  # fmt: skip
 
@@ -240,7 +243,7 @@ def lift_backward(versions, dversions, transition, *, vmem_limit: int, interpret
     slots, num_kv, groups, key_length, head_dim = versions.shape
     num_chunks = transition.shape[1]
     superchunk = key_length // (-(-num_chunks // 2) * 2)
-    queries, keys, transitions, blocks = _specs(groups, num_chunks, superchunk, head_dim, slots)
+    queries, keys, blocks = _specs(groups, superchunk, head_dim, slots)
     stack = pltpu.VMEM((_level_starts(num_chunks)[-1], head_dim, head_dim), jnp.float32)
     length = num_chunks * superchunk
     shapes = [
@@ -255,6 +258,6 @@ def lift_backward(versions, dversions, transition, *, vmem_limit: int, interpret
         pltpu.VMEM((superchunk, head_dim), jnp.float32),
     ]
     return _call(
-        _backward_kernel, (versions, dversions, transition), [blocks, blocks, transitions],
-        [queries, keys, transitions], shapes, scratch, num_chunks, "lift_backward", vmem_limit, interpret,
+        _backward_kernel, (versions, dversions, transition), [blocks, blocks, _IN_HBM],
+        [queries, keys, _IN_HBM], shapes, scratch, num_chunks, "lift_backward", vmem_limit, interpret,
     )  # fmt: skip

@@ -17,7 +17,7 @@ from pallas_kernels.blockwise.tpu.backward import attention_backward
 from pallas_kernels.blockwise.tpu.chunk_backward import chunk_backward
 from pallas_kernels.blockwise.tpu.chunk_forward import chunk_forward
 from pallas_kernels.blockwise.tpu.forward import INITIAL_MAX, Gate, Segments, Tiling, attention_forward
-from pallas_kernels.blockwise.tpu.lift import lift_backward, lift_forward
+from pallas_kernels.blockwise.tpu.lift import lift_backward, lift_forward, stack_bytes
 from pallas_kernels.call import AttentionCall, Inputs, Options
 from pallas_kernels.partition import by_batch_and_head
 
@@ -29,6 +29,11 @@ def refuses(call: AttentionCall) -> str | None:
         return f"q, k, v must all be bfloat16 or all float32, got {q.dtype}, {k.dtype}, {v.dtype}"
     if w is not None and w.dtype not in (jnp.bfloat16, jnp.float32):
         return f"w must be bfloat16 or float32, got {w.dtype}"
+    if w is not None:
+        chip, size = tuning.chip(), layout.geometry(call.inputs, tuning.superchunk(k.shape[1], q.dtype))
+        needed = stack_bytes(size.num_keys, layout.padded(k.shape[3])) / 2**20
+        if needed > 0.7 * chip.vmem:
+            return f"the tree over {k.shape[1]} tokens needs {needed:.0f} MiB, {chip.name} has {chip.vmem}"
     return None
 
 

@@ -24,9 +24,12 @@ class Chip:
     name: str
     cores: int  # TensorCores that one device drives
     vmem: int  # MiB a kernel may use
+    superchunk: int = 1024  # most tokens per superchunk
 
 
-_CHIPS = {chip.name: chip for chip in (Chip("v4", 2, 15), Chip("v5e", 1, 100), Chip("v5p", 2, 56), Chip("v6e", 1, 100))}
+_CHIPS = {
+    chip.name: chip for chip in (Chip("v4", 2, 15, 512), Chip("v5e", 1, 100), Chip("v5p", 2, 56), Chip("v6e", 1, 100))
+}
 _KINDS = {"v5 lite": "v5e", "v5": "v5p", "v6 lite": "v6e"}  # as devices call them
 _DEFAULT = "v5e"
 
@@ -53,8 +56,9 @@ def superchunk(length: int, dtype) -> int:
 
     float32 products take six passes over the MXU, and twice the VMEM: at most 256 tokens.
     """
-    sizes = (1024, 512, 256, 128) if dtype.itemsize == 2 else (256, 128)
+    largest = chip().superchunk if dtype.itemsize == 2 else 256
     smallest = -(-length // 128) * 128
+    sizes = [size for size in (1024, 512, 256, 128) if size <= largest]
     return next(size for size in sizes if -(-length // size) * size <= 1.15 * smallest)
 
 
