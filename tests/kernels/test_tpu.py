@@ -142,8 +142,9 @@ def assert_within_tolerance(errors):
 @pytest.mark.slow
 @pytest.mark.parametrize("op", [path_attention, forgetting_attention])
 def test_prune_keeps_its_bound(op):
-    """Nothing is dropped that matters, and something is."""
-    inputs = random_inputs(5, 700, heads=2, kv_heads=1, path=op is path_attention, gate=0.5)
+    """Nothing is dropped that matters, and something is: small logits make the bound tight enough to show."""
+    inputs = random_inputs(5, 640, heads=2, kv_heads=1, path=op is path_attention, gate=0.057)
+    inputs["q"] *= 0.02
     with pallas_kernels.interpret():
         pruned, desired = compare(op, inputs, prune=1e-3)
         whole, _ = compare(op, inputs)

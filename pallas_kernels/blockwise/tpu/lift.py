@@ -201,7 +201,7 @@ def _call(kernel, operands, in_specs, out_specs, out_shape, scratch, num_chunks,
     )(*operands)
 
 
-def lift_forward(q_top, k_top, transition, *, key_length: int, vmem_limit: int, interpret: bool = False):
+def lift_forward(q_top, k_top, transition, *, key_length: int, vmem_limit: int, interpret=False):
     """Versions of all levels above the superchunk.
 
     Args:
@@ -232,7 +232,7 @@ def lift_forward(q_top, k_top, transition, *, key_length: int, vmem_limit: int, 
     )  # fmt: skip
 
 
-def lift_backward(versions, dversions, transition, *, vmem_limit: int, interpret: bool = False):
+def lift_backward(versions, dversions, transition, *, vmem_limit: int, interpret=False):
     """Cotangents (q_top, k_top, transition) of `lift_forward`, in the dtypes there.
 
     Args:

@@ -169,24 +169,31 @@ def _attention_forward(setting, q, k, partial=None):
 def forward(options: Options, inputs: Inputs):
     """Output [B, T, N, Hv] in q's dtype, lse [B, N, T] float32, and what to keep of the superchunks' linear stage."""
     keeps = options.keep_versions and inputs.w is not None
-    return by_batch_and_head(
-        functools.partial(_forward, options),
+    return _split(
+        options,
+        _forward,
         (inputs,),
         (_axes(inputs),),
         ("b.n.", "bn.", _KEPT_AXES if keeps else None),
-        inputs.k.shape[2],
     )
 
 
 def backward(options: Options, inputs: Inputs, out, lse, kept, dout, dlse):
     """Cotangents of the inputs."""
-    return by_batch_and_head(
-        functools.partial(_backward, options),
+    return _split(
+        options,
+        _backward,
         (inputs, out, lse, kept, dout, dlse),
         (_axes(inputs), "b.n.", "bn.", None if kept is None else _KEPT_AXES, "b.n.", "bn."),
         _axes(inputs._replace(segment_ids=None)),
-        inputs.k.shape[2],
     )
+
+
+def _split(options, function, arguments, argument_axes, result_axes):
+    function = functools.partial(function, options)
+    if not isinstance(options.interpret, bool):  # the simulator's callbacks cannot be partitioned
+        return function(*arguments)
+    return by_batch_and_head(function, arguments, argument_axes, result_axes, arguments[0].k.shape[2])
 
 
 _INPUT_AXES = Inputs("b.n.", "b.k.", "b.k.", "b.k.", "b.k", "b.n", "b.")
