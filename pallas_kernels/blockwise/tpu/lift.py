@@ -44,9 +44,15 @@ def stack_bytes(num_chunks: int, head_dim: int) -> int:
     return 2 * 4 * _level_starts(num_chunks)[-1] * head_dim**2
 
 
-def _merge(stack, transition, starts, kv):
+def _copy(source, target, semaphore):
+    copy = pltpu.make_async_copy(source, target, semaphore)
+    copy.start()
+    copy.wait()
+
+
+def _merge(stack, transition, starts, kv, semaphore):
     """Fills the stack: the head's transitions, then the products of 2, 4, ... of them."""
-    pltpu.sync_copy(transition.at[kv], stack.at[pl.ds(0, transition.shape[1])])
+    _copy(transition.at[kv], stack.at[pl.ds(0, transition.shape[1])], semaphore)
     for below, above, end in zip(starts, starts[1:], starts[2:]):
 
         def merge_pair(s, _, below=below, above=above):
@@ -64,7 +70,9 @@ def _has_queries_above(chunk, level, num_chunks):
     return (((chunk >> (level + 1)) + 1) << (level + 1)) < num_chunks
 
 
-def _forward_kernel(q_top, k_top, transition, versions, stack, query, key, staged, semaphores, *, num_chunks):
+def _forward_kernel(
+    q_top, k_top, transition, versions, stack, query, key, staged, semaphores, semaphore, *, num_chunks
+):
     kv, chunk = pl.program_id(0), pl.program_id(1)
     starts = _level_starts(num_chunks)
     slots, superchunk = versions.shape[0], key.shape[0]
@@ -80,7 +88,7 @@ def _forward_kernel(q_top, k_top, transition, versions, stack, query, key, stage
             pl.when(_is_query(chunk, level))(functools.partial(act, queries))
             pl.when(jnp.logical_not(_is_query(chunk, level)))(functools.partial(act, keys))
 
-    pl.when(chunk == 0)(lambda: _merge(stack, transition, starts, kv))
+    pl.when(chunk == 0)(lambda: _merge(stack, transition, starts, kv, semaphore))
     pl.when(chunk >= 2)(lambda: each_copy(chunk - 2, lambda copy: copy.wait()))
     query[...], key[...] = q_top[0], k_top[0]
     for level in range(slots):
@@ -117,7 +125,7 @@ def _forward_kernel(q_top, k_top, transition, versions, stack, query, key, stage
 
 
 def _backward_kernel(
-    versions, dversions, transition, dq_top, dk_top, dtransition, stack, dstack, dquery, dkey, *, num_chunks
+    versions, dversions, transition, dq_top, dk_top, dtransition, stack, dstack, dquery, dkey, semaphore, *, num_chunks
 ):
     kv, chunk = pl.program_id(0), pl.program_id(1)
     starts = _level_starts(num_chunks)
@@ -125,7 +133,7 @@ def _backward_kernel(
 
     @pl.when(chunk == 0)
     def _():
-        _merge(stack, transition, starts, kv)
+        _merge(stack, transition, starts, kv, semaphore)
         dstack[...] = jnp.zeros_like(dstack)
 
     dquery[...] = jnp.zeros_like(dquery)
@@ -173,7 +181,7 @@ def _backward_kernel(
                 dstack[left] += dot(stack[right], product, _TN)
 
             jax.lax.fori_loop(0, end - above, split_pair, None)
-        pltpu.sync_copy(dstack.at[pl.ds(0, num_chunks)], dtransition.at[kv])
+        _copy(dstack.at[pl.ds(0, num_chunks)], dtransition.at[kv], semaphore)
 
 
 def _specs(groups, superchunk, head_dim, slots):
@@ -224,6 +232,7 @@ def lift_forward(q_top, k_top, transition, *, key_length: int, vmem_limit: int, 
         pltpu.VMEM((superchunk, head_dim), q_top.dtype),
         pltpu.VMEM((2, slots, groups, superchunk, head_dim), q_top.dtype),
         pltpu.SemaphoreType.DMA((2, slots)),
+        pltpu.SemaphoreType.DMA(()),
     ]
     shape = lanes.result((slots, num_kv, groups, key_length, head_dim), q_top.dtype, q_top)
     return _call(
@@ -256,6 +265,7 @@ def lift_backward(versions, dversions, transition, *, vmem_limit: int, interpret
         stack,
         pltpu.VMEM((groups, superchunk, head_dim), jnp.float32),
         pltpu.VMEM((superchunk, head_dim), jnp.float32),
+        pltpu.SemaphoreType.DMA(()),
     ]
     return _call(
         _backward_kernel, (versions, dversions, transition), [blocks, blocks, _IN_HBM],
