@@ -5,8 +5,6 @@ batch row and every key/value head with its group of query heads is independent,
 the kernels on its own shard; all other axes are gathered. Under `jax.shard_map` there is nothing left to do.
 """
 
-import math
-
 import jax
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import NamedSharding, PartitionSpec
@@ -24,8 +22,8 @@ def by_batch_and_head(function, arguments, argument_axes, result_axes, num_kv_he
       num_kv_heads: K.
 
     Returns:
-      The results, sharded as the first argument is along batch and heads. Where its heads are split finer than the
-      key/value heads, heads are gathered.
+      The results, sharded as the first argument is along batch and heads. Heads must not be split finer than key/value
+      heads: for that, repeat keys and values or use `jax.shard_map`.
     """
     leaves, tree = jax.tree.flatten(arguments)
     axes, result_axes = jax.tree.leaves(argument_axes), jax.tree.leaves(result_axes)
@@ -45,9 +43,6 @@ def by_batch_and_head(function, arguments, argument_axes, result_axes, num_kv_he
         spec = argument_shapes[0].sharding.spec
         spec = (*spec, *[None] * (len(query_axes) - len(spec)))
         heads = spec[query_axes.index("n")]
-        names = (heads,) if isinstance(heads, str) else heads or ()
-        if num_kv_heads % math.prod(mesh.shape[name] for name in names):
-            heads = None
         split = {"b": spec[query_axes.index("b")], "n": heads, "k": heads, ".": None}
 
         def sharding(letters):
