@@ -9,14 +9,13 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import Primitive
-from jax.interpreters import batching, mlir
 
 from pallas_kernels.blockwise.tpu import bounds, layout, tuning
 from pallas_kernels.blockwise.tpu.backward import attention_backward
 from pallas_kernels.blockwise.tpu.chunk_backward import chunk_backward
 from pallas_kernels.blockwise.tpu.chunk_forward import chunk_forward
 from pallas_kernels.blockwise.tpu.forward import INITIAL_MAX, Gate, Segments, Tiling, attention_forward
+from pallas_kernels.blockwise.tpu.lazily import on_tpu
 from pallas_kernels.blockwise.tpu.lift import lift_backward, lift_forward, stack_bytes
 from pallas_kernels.call import AttentionCall, Inputs, Options
 from pallas_kernels.partition import by_batch_and_head
@@ -37,31 +36,6 @@ def refuses(call: AttentionCall) -> str | None:
     return None
 
 
-# Identity that anywhere but on a TPU explains what to do; Pallas would say less.
-_on_tpu = Primitive("tpu_kernels")
-_on_tpu.def_abstract_eval(lambda x: x)
-_ELSEWHERE = (
-    "implementation='tpu' runs on TPUs only; elsewhere call it under pallas_kernels.interpret() or pass "
-    "implementation=None"
-)
-
-
-@_on_tpu.def_impl
-def _run_now(x):
-    if any(device.platform != "tpu" for device in x.devices()):
-        raise NotImplementedError(_ELSEWHERE)
-    return x
-
-
-def _lower_elsewhere(ctx, x):
-    raise NotImplementedError(_ELSEWHERE)
-
-
-mlir.register_lowering(_on_tpu, _lower_elsewhere)
-mlir.register_lowering(_on_tpu, lambda ctx, x: [x], platform="tpu")
-batching.defvectorized(_on_tpu)
-
-
 class _Setting(NamedTuple):
     """What both directions derive from a call before they run a kernel."""
 
@@ -76,23 +50,22 @@ class _Setting(NamedTuple):
     first_block: jax.Array | None
 
 
-def _setting(options: Options, inputs: Inputs, direction: str) -> _Setting:
-    chip = tuning.chip()
-    size = layout.geometry(inputs, tuning.superchunk(inputs.k.shape[1], inputs.q.dtype))
+def _setting(options: Options, sizes: tuning.Sizes, inputs: Inputs) -> _Setting:
+    size = layout.geometry(inputs, sizes.superchunk)
     is_path = inputs.w is not None
     tiling = Tiling(
         superchunk=size.superchunk,
-        keys=min(tuning.keys(size.kv_length, inputs.q.shape[3], direction), size.superchunk),
+        keys=sizes.keys,
         num_queries=size.num_queries,
         num_keys=size.num_keys,
         tree=is_path,
         # Queries of the tree are scaled before they are rounded. Otherwise logits are: that takes a positive scale.
         logit_scale=1.0 if is_path or options.scale <= 0 else options.scale * layout.LOG2E,
         window=options.window,
-        vmem_limit=chip.vmem,
+        vmem_limit=sizes.chip.vmem,
         interpret=options.interpret,
     )
-    q = layout.per_query_head(inputs.q if options.interpret else _on_tpu.bind(inputs.q), size)
+    q = layout.per_query_head(inputs.q, size)
     if not is_path and options.scale <= 0:
         q = (q * (options.scale * layout.LOG2E)).astype(q.dtype)
     k, v = (layout.per_key_head(x, size, size.key_length) for x in (inputs.k, inputs.v))
@@ -102,7 +75,7 @@ def _setting(options: Options, inputs: Inputs, direction: str) -> _Setting:
     if inputs.segment_ids is not None:
         segments = layout.segments(inputs.segment_ids, size)
     first_block = bounds.first_block(options, inputs, size, tiling, gate, segments)
-    return _Setting(chip, size, tiling, q, k, v, gate, segments, first_block)
+    return _Setting(sizes.chip, size, tiling, q, k, v, gate, segments, first_block)
 
 
 def _chunk_arguments(options: Options, inputs: Inputs, setting: _Setting):
@@ -168,32 +141,57 @@ def _attention_forward(setting, q, k, partial=None):
 
 def forward(options: Options, inputs: Inputs):
     """Output [B, T, N, Hv] in q's dtype, lse [B, N, T] float32, and what to keep of the superchunks' linear stage."""
+    sizes = _sizes(inputs, "forward")
     keeps = options.keep_versions and inputs.w is not None
-    return _split(
-        options,
-        _forward,
-        (inputs,),
-        (_axes(inputs),),
-        ("b.n.", "bn.", _KEPT_AXES if keeps else None),
-    )
+
+    def shard(inputs):
+        batch, length, num_heads, _ = inputs.q.shape
+        results = (
+            jax.ShapeDtypeStruct((batch, length, num_heads, inputs.v.shape[3]), inputs.q.dtype),
+            jax.ShapeDtypeStruct((batch, num_heads, length), jnp.float32),
+            _kept(inputs, layout.geometry(inputs, sizes.superchunk)) if keeps else None,
+        )
+        return _run(functools.partial(_forward, options, sizes), options, (inputs,), results)
+
+    axes = ("b.n.", "bn.", _KEPT_AXES if keeps else None)
+    return _split(shard, options, (inputs,), (_axes(inputs),), axes)
 
 
 def backward(options: Options, inputs: Inputs, out, lse, kept, dout, dlse):
     """Cotangents of the inputs."""
-    return _split(
-        options,
-        _backward,
-        (inputs, out, lse, kept, dout, dlse),
-        (_axes(inputs), "b.n.", "bn.", None if kept is None else _KEPT_AXES, "b.n.", "bn."),
-        _axes(inputs._replace(segment_ids=None)),
+    sizes = _sizes(inputs, "backward")
+
+    def shard(inputs, *others):
+        results = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), inputs._replace(segment_ids=None))
+        return _run(functools.partial(_backward, options, sizes), options, (inputs, *others), results)
+
+    axes = (_axes(inputs), "b.n.", "bn.", None if kept is None else _KEPT_AXES, "b.n.", "bn.")
+    return _split(shard, options, (inputs, out, lse, kept, dout, dlse), axes, _axes(inputs._replace(segment_ids=None)))
+
+
+def _sizes(inputs, direction):
+    return tuning.sizes(inputs.k.shape[1], inputs.q.shape[3], inputs.q.dtype, direction)
+
+
+def _kept(inputs, size):
+    """Types of the superchunks' queries, keys and transitions."""
+    dtype, head_dim = jnp.promote_types(inputs.q.dtype, inputs.w.dtype), layout.padded(inputs.q.shape[3])
+    group = size.num_heads // size.num_kv_heads
+    shapes = (group, size.query_length, head_dim), (size.query_length, head_dim), (size.num_keys, head_dim, head_dim)
+    return tuple(
+        jax.ShapeDtypeStruct((size.batch, size.num_kv_heads, *shape), kind)
+        for shape, kind in zip(shapes, (dtype, dtype, jnp.float32))
     )
 
 
-def _split(options, function, arguments, argument_axes, result_axes):
-    function = functools.partial(function, options)
+def _run(function, options, arguments, results):
+    return function(*arguments) if options.interpret else on_tpu(function, arguments, results)
+
+
+def _split(shard, options, arguments, argument_axes, result_axes):
     if not isinstance(options.interpret, bool):  # the simulator's callbacks cannot be partitioned
-        return function(*arguments)
-    return by_batch_and_head(function, arguments, argument_axes, result_axes, arguments[0].k.shape[2])
+        return shard(*arguments)
+    return by_batch_and_head(shard, arguments, argument_axes, result_axes, arguments[0].k.shape[2])
 
 
 _INPUT_AXES = Inputs("b.n.", "b.k.", "b.k.", "b.k.", "b.k", "b.n", "b.")
@@ -204,8 +202,8 @@ def _axes(inputs):
     return Inputs(*(None if x is None else axes for x, axes in zip(inputs, _INPUT_AXES)))
 
 
-def _forward(options, inputs):
-    setting = _setting(options, inputs, "forward")
+def _forward(options, sizes, inputs):
+    setting = _setting(options, sizes, inputs)
     size, kept = setting.size, None
     if setting.tiling.tree:
         out, lse, kept = _path_forward(options, inputs, setting)
@@ -226,8 +224,8 @@ def _own_gate(setting):
     return (setting.tiling.logit_scale / layout.LOG2E) * inside[:, :, None]
 
 
-def _backward(options, inputs, out, lse, kept, dout, dlse):
-    setting = _setting(options, inputs, "backward")
+def _backward(options, sizes, inputs, out, lse, kept, dout, dlse):
+    setting = _setting(options, sizes, inputs)
     size = setting.size
     delta = jnp.einsum("btnv,btnv->bnt", dout, out, preferred_element_type=jnp.float32)
     delta = delta - jnp.where(jnp.isneginf(lse), 0, dlse)

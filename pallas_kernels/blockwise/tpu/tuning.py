@@ -73,6 +73,21 @@ def keys(length: int, head_dim: int, direction: str) -> int:
     return min((row for row in _KEYS if row["chip"] == chip().name), key=distance)[direction]
 
 
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """Block sizes of one call, and the chip they are for."""
+
+    chip: Chip
+    superchunk: int
+    keys: int
+
+
+def sizes(length: int, head_dim: int, dtype, direction: str) -> Sizes:
+    """Sizes for `length` keys in the direction "forward" or "backward"."""
+    chunk = superchunk(length, dtype)
+    return Sizes(chip(), chunk, min(keys(length, head_dim, direction), chunk))
+
+
 def force_keys(count: int):
     """Context manager under which every call takes `count` keys per inner step."""
     return _forced(count)
