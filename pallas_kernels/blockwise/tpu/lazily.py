@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
+from jax.sharding import NamedSharding, PartitionSpec
 
 _ELSEWHERE = (
     "implementation='tpu' runs on TPUs only; elsewhere call it under pallas_kernels.interpret() or pass "
@@ -39,8 +40,13 @@ def on_tpu(function, arguments, results):
 
 @_call.def_abstract_eval
 def _results(*arguments, function, results):
-    varying = arguments[0].manual_axis_type
-    return [jax.core.ShapedArray(x.shape, x.dtype, manual_axis_type=varying) for x in results]
+    like = arguments[0]
+
+    def result(x):
+        whole = NamedSharding(like.sharding.mesh, PartitionSpec(*[None] * len(x.shape)))
+        return jax.core.ShapedArray(x.shape, x.dtype, sharding=whole, manual_axis_type=like.manual_axis_type)
+
+    return [result(x) for x in results]
 
 
 @_call.def_impl
