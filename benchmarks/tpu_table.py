@@ -87,7 +87,14 @@ def all_cells(chips) -> list[Cell]:
 
 def versions() -> str:
     """Versions that a count depends on."""
-    return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("jax", "libtpu"))
+
+    def version(name):
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            return "missing"
+
+    return ", ".join(f"{name} {version(name)}" for name in ("jax", "libtpu"))
 
 
 def kernel_sources() -> str:

@@ -30,9 +30,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     size, mixer = values["size"], values["mixer"]
     common.choose("mixer", mixer, {"path": None, "path_fox": None})
     config = ml_collections.ConfigDict()
-    # Accelerators multiply in bfloat16; the small sizes run on CPUs in float32 directions.
-    options = {} if size in ("debug", "quickstart") else {"round_directions": True}
-    config.model = common.model_section(size, mixer, 32000, **options)
+    config.model = common.model_section(size, mixer, 32000)
     config.data = ml_collections.ConfigDict(
         dict(
             source="tokens", path="", sequence_length=4096, batch_size=512, packing="concat", heldout_fraction=0.001,
