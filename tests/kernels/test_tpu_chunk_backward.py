@@ -1,4 +1,4 @@
-"""The backward chunk kernel of the TPU op in interpret mode against float64 autodiff of the recurrence."""
+"""The backward superchunk kernel in interpret mode against float64 autodiff of the token-by-token definition."""
 
 import functools
 
@@ -9,6 +9,8 @@ import pytest
 from kernels.recurrence import enable_x64, relative_error
 
 from pallas_kernels.blockwise.tpu.chunk_backward import chunk_backward
+
+pytestmark = pytest.mark.slow  # test_tpu.py runs these kernels as part of whole operations
 
 NAMES = ("dq", "dk", "dw", "dv", "dbeta", "dgate")
 # Relative L2 error. Rounding a result to bfloat16 costs 1.7e-3; float32 dgate sees the rounding of the versions only.

@@ -9,6 +9,8 @@ import pytest
 
 from pallas_kernels.blockwise.tpu.chunk_forward import chunk_forward
 
+pytestmark = pytest.mark.slow  # test_tpu.py runs these kernels as part of whole operations
+
 # Relative L2 error of (q_top, k_top, transition, out, lse) and dtype; rounding a version to bfloat16 costs 1.7e-3.
 TOLERANCE = {"float32": (1e-5,) * 5, "bfloat16": (4e-3, 4e-3, 1e-4, 4e-3, 1e-3)}
 
