@@ -16,7 +16,6 @@ from pallas_kernels.blockwise.tpu import tuning
 from pallas_kernels.call import AttentionCall, Inputs, Options
 
 _OPERATIONS = {"tpu": tpu_operation, "xla": xla_operation}
-_REFUSES = {"reference": reference.refuses, "xla": xla_operation.refuses, "tpu": tpu_operation.refuses}
 _AUTOMATIC = {"tpu": "tpu"}  # implementation -> the platform it is preferred on; `xla` serves everything else
 _NOT_YET = {
     "gpu": "Mosaic GPU kernels are not part of this version",
@@ -26,7 +25,8 @@ _NOT_YET = {
 
 def refusals(call: AttentionCall) -> dict[str, str | None]:
     """Per implementation None, or why it cannot serve the call."""
-    return {name: refuses(call) for name, refuses in _REFUSES.items()} | _NOT_YET
+    implementations = {"reference": reference, **_OPERATIONS}
+    return {name: module.refuses(call) for name, module in implementations.items()} | _NOT_YET
 
 
 def explain(op: Callable, *args, **kwargs) -> dict[str, str | None]:

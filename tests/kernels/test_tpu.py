@@ -3,6 +3,8 @@
 The suites of the two operations run their properties on the kernels as well, marked slow.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -160,9 +162,7 @@ def test_kept_versions_are_the_recomputed_ones():
     do, dlse = cast(random_cotangents(7, inputs), "float32")
     call = path_attention.as_call(**inputs)
     kept, recomputed = (
-        _run_both(
-            call.options.__class__(**vars(call.options) | {"interpret": True, "keep_versions": keep}), call, do, dlse
-        )
+        _run_both(dataclasses.replace(call.options, interpret=True, keep_versions=keep), call, do, dlse)
         for keep in (True, False)
     )
     jax.tree.map(np.testing.assert_array_equal, kept, recomputed)

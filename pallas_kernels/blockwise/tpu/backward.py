@@ -18,10 +18,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.blockwise.tpu import lanes, schedule
-from pallas_kernels.blockwise.tpu.forward import MASKED, Tiling, dot
+from pallas_kernels.blockwise.tpu.arithmetic import MASKED, NT, TN, dot
+from pallas_kernels.blockwise.tpu.tiling import Tiling, when_masks_matter
 
-_NT = (((1,), (1,)), ((), ()))
-_TN = (((0,), (0,)), ((), ()))
 _NOTHING, _SUM, _FINAL = 0, 1, 2  # what a query copy in flight carries
 
 
@@ -113,7 +112,7 @@ def _kernel(*refs, tiling, groups, has_gate, has_segments, has_bounds, dq_scale,
         x, key, value, dy = q[0, 0, 0, rows], k[0, 0, 0, keys], v[0, keys], dout[0, 0, rows]
         num_rows = rows.stop - rows.start
         shape = (keys.stop - keys.start, num_rows)
-        s = dot(key, x, _NT)
+        s = dot(key, x, NT)
         if bias is not None:
             s = s + lanes.widen(bias, num_rows)
         mask = None
@@ -133,14 +132,14 @@ def _kernel(*refs, tiling, groups, has_gate, has_segments, has_bounds, dq_scale,
             log_sum = log_sum - shift * tiling.logit_scale
         s = s * tiling.logit_scale - log_sum
         p = jnp.exp2(s if mask is None else jnp.where(mask, s, MASKED))
-        ds = p * (dot(value, dy, _NT) - delta[0, 0, :, rows])
+        ds = p * (dot(value, dy, NT) - delta[0, 0, :, rows])
         dv_acc[keys] += dot(p.astype(v.dtype), dy)
         if has_gate:
             row_sums[0, g, pl.ds(query, 1), rows] += ds.sum(axis=0, keepdims=True)
             column_acc[g, keys] += lanes.fold(ds)
         ds = ds.astype(q.dtype)
         dk_acc[keys] += dot(ds, x)
-        product = dot(ds, key, _TN)
+        product = dot(ds, key, TN)
         dq_tile[rows] = product if is_first else dq_tile[rows] + product
 
     def diagonal(half):
@@ -170,20 +169,7 @@ def _kernel(*refs, tiling, groups, has_gate, has_segments, has_bounds, dq_scale,
                 shift = between[g] + (totals[head, 2 * block + 1] if start < S else 0.0)
             tile(slice(0, S), keys, (position - 2 * block) * S - start, masked, bias, shift, start == 0)
 
-    def choose(condition, body):
-        """Runs a tile with or without masks."""
-        masked = has(schedule.EDGE)
-        if has_segments:
-            batch = kv // (pl.num_programs(0) // uniform.shape[0])
-            own = uniform[batch, position]
-            same = (uniform[batch, 2 * block] == own) & (uniform[batch, 2 * block + 1] == own)
-            masked = masked | (own <= 0) | jnp.logical_not(same)
-        if has_segments or tiling.window is not None:
-            pl.when(condition & masked)(lambda: body(True))
-            pl.when(condition & jnp.logical_not(masked))(lambda: body(False))
-        else:
-            pl.when(condition)(lambda: body(False))
-
+    choose = functools.partial(when_masks_matter, tiling=tiling, flags=flags, query=query, block=block, uniform=uniform)
     if not tiling.tree:
         for half in (0, 1):
             pl.when(has(schedule.DIAGONAL) & (position & 1 == half))(functools.partial(diagonal, half))
@@ -251,7 +237,7 @@ def _kernel(*refs, tiling, groups, has_gate, has_segments, has_bounds, dq_scale,
         @pl.when(has(schedule.LAST_OF_BLOCK))
         def _():
             ones = jnp.ones((8, lanes.LANES), jnp.float32)
-            column_sums[0, pl.ds(g, 1)] = dot(ones, column_acc[g], _NT)[:1]
+            column_sums[0, pl.ds(g, 1)] = dot(ones, column_acc[g], NT)[:1]
 
     @pl.when((n == pl.num_programs(1) - 1) & is_last_of_group)
     def _():

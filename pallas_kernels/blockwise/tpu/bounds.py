@@ -9,7 +9,8 @@ import numpy as np
 
 from pallas_kernels.blockwise import pruning
 from pallas_kernels.blockwise.tpu import layout, schedule
-from pallas_kernels.blockwise.tpu.forward import Tiling
+from pallas_kernels.blockwise.tpu.arithmetic import LOG2E
+from pallas_kernels.blockwise.tpu.tiling import Tiling
 from pallas_kernels.call import Inputs, Options
 
 
@@ -53,7 +54,7 @@ def _carries_mass(options, inputs, size, tiling, gate, pairs, offset):
     heads = (size.batch, size.num_kv_heads, -1)
     query = largest_norms(inputs.q, size.front, size.num_queries).reshape(size.num_queries, *heads)
     norms = pruning.Norms(query, largest_norms(inputs.k, 0, size.key_length // size.superchunk))
-    unit = tiling.logit_scale / layout.LOG2E  # of the gate's sums, in natural logarithms
+    unit = tiling.logit_scale / LOG2E  # of the gate's sums, in natural logarithms
     between = pruning.gate_between(unit * gate.totals.T, pairs, offset)
     starts = unit * gate.inside.reshape(*gate.totals.shape, size.superchunk)[..., 0].T
     needed = pruning.carries_mass(

@@ -33,24 +33,21 @@ from typing import Any
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.blockwise.tpu import lanes, transform
+from pallas_kernels.blockwise.tpu.arithmetic import LN2, LOG2E, MASKED, NT, TN, dot
+from pallas_kernels.blockwise.tpu.chunk_call import ChunkGrid, pad_rows
 from pallas_kernels.blockwise.tpu.transform import (
     BLOCK,
-    NT,
     PAIR,
-    TN,
     Versions,
     block_rows,
-    dot,
     iota,
     is_left,
     split,
     twice,
 )
 
-_LN2, _LOG2E = 0.6931471805599453, 1.4426950408889634
 _TILE = 256  # keys of an attention tile
 _PAIR_RATIO = 0.9  # steps of the attention inside pairs per step of the tree
 _KEY_RATIO = 0.6  # steps of the keys' tree, backwards, per step of the queries' UT transform
@@ -121,13 +118,12 @@ def _tile_weights(s, dp, head, refs, keys, queries):
         s = s - lanes.widen(refs["gate_columns"][keys], width)
     if "segments" in refs:
         same = lanes.widen(refs["segment_columns"][keys], width) == refs["segments"][0, :, queries]
-        s = jnp.where(same, s, transform.MASKED)
+        s = jnp.where(same, s, MASKED)
     p = jnp.exp2(s - head.lse[:, queries])
     ds = p * (dp - head.delta[:, queries])
     if head.gate is not None:
         head.dgate[:, queries] += ds.sum(axis=0, keepdims=True)
-        slabs = [ds[:, i : i + PAIR] for i in range(0, width, PAIR)]
-        refs["dgate_columns"][keys] += functools.reduce(jnp.add, slabs)
+        refs["dgate_columns"][keys] += lanes.fold(ds)
     return p, ds
 
 
@@ -260,7 +256,7 @@ def _query_transform_backward(head, refs, scale):
             selected = [x.astype(dtype) for x in split(jnp.where(_own_lanes(b), exact, dy[b]), dtype)]
             operand = twice(_own_order(b, k[block_rows(b)], w[block_rows(b)]))
             result = refs["dq_state"][block_rows(b)] * scale + dot(jnp.concatenate(selected, 1), operand)
-            head.dq[block_rows(b)] = (result * _LN2).astype(head.dq.dtype)
+            head.dq[block_rows(b)] = (result * LN2).astype(head.dq.dtype)
             both.append(selected)
             yield
         for i, parts in enumerate(zip(*both)):
@@ -366,7 +362,7 @@ def _key_transform_backward(heads, refs, t_transposed):
             terms = [terms[:, i : i + PAIR] for i in range(0, head_dim, PAIR)]
             sums.append(functools.reduce(jnp.add, terms, z[b] * refs["ag_own"][b].astype(_f32)))
         total = jnp.concatenate(sums, 0).T.sum(axis=0, keepdims=True)
-        refs["dbeta"][0, 0, p : p + 1] = total * (-_LN2 / beta[p : p + 1])
+        refs["dbeta"][0, 0, p : p + 1] = total * (-LN2 / beta[p : p + 1])
         yield
     dn, dg = {}, {}
     for b in blocks:
@@ -401,8 +397,8 @@ def _key_transform_backward(heads, refs, t_transposed):
             dw += dot(jnp.where(own, dag, of_y).astype(dtype), _own_order(b, key, head.q[rows]))
             parts = [x.astype(dtype) for x in split(jnp.where(own, other, of_logits), dtype)]
             dk_sum += dot(jnp.concatenate(parts, 1), twice(_own_order(b, weight, head.q[rows])))
-        refs["dw"][0, rows] = (dw * _LN2).astype(refs["dw"].dtype)
-        refs["dk"][0, rows] = (dk_sum * _LN2).astype(refs["dk"].dtype)
+        refs["dw"][0, rows] = (dw * LN2).astype(refs["dw"].dtype)
+        refs["dk"][0, rows] = (dk_sum * LN2).astype(refs["dk"].dtype)
         yield
 
 
@@ -505,52 +501,35 @@ def chunk_backward(
     """
     heads, group, length, head_dim = q.shape
     v_dim, dtype = v.shape[-1], q.dtype
-    num_chunks, pairs, num_blocks = length // superchunk, superchunk // PAIR, superchunk // BLOCK
-    cores = cores if heads * num_chunks % cores == 0 else 1
-    per_core, beta_rows = heads * num_chunks // cores, max(8, pairs)
-
-    def spec(shape, index, lag=1):
-        """Block of the superchunk of this step (lag 0) or of the previous one (lag 1); `index` gets head and chunk."""
-
-        def block_index(core, step):
-            flat = core * per_core + jnp.clip(step - lag, 0, per_core - 1)
-            return index(lax.div(flat, num_chunks), lax.rem(flat, num_chunks))
-
-        return pl.BlockSpec(shape, block_index)
-
-    def rows(width, lag=1):
-        return spec((1, superchunk, width), lambda h, c: (h, c, 0), lag)
-
-    def grouped_rows(width):
-        return spec((1, group, superchunk, width), lambda h, c: (h, 0, c, 0))
-
-    statistics = spec((1, group, 1, superchunk), lambda h, c: (h, 0, 0, c))
-    whole = lambda h, c: (h, c, 0, 0)
-    beta = jnp.maximum(beta, _SMALLEST_BETA).reshape(heads, num_chunks, pairs, PAIR)
-    beta = jnp.pad(beta, [(0, 0), (0, 0), (0, beta_rows - pairs), (0, 0)])
+    pairs, num_blocks = superchunk // PAIR, superchunk // BLOCK
+    grid = ChunkGrid(heads, length, superchunk, cores)
+    key_rows, value_rows = (grid.rows(width, 1) for width in (head_dim, v_dim))
+    query_rows, out_rows = (grid.grouped_rows(group, width, 1) for width in (head_dim, v_dim))
+    statistics = grid.block((1, group, 1, superchunk), lambda h, c: (h, 0, 0, c), 1)
+    beta = pad_rows(grid.by_pair(jnp.maximum(beta, _SMALLEST_BETA)))
     inputs = {
-        "w": (w, rows(head_dim, 0)),
-        "k": (k, rows(head_dim, 0)),
-        "beta": (beta, spec((1, 1, beta_rows, PAIR), whole, 0)),
-        "w_before": (w, rows(head_dim)),
-        "k_before": (k, rows(head_dim)),
-        "beta_before": (beta, spec((1, 1, beta_rows, PAIR), whole)),
-        "q": (q, grouped_rows(head_dim)),
-        "v": (v, rows(v_dim)),
+        "w": (w, grid.rows(head_dim, 0)),
+        "k": (k, grid.rows(head_dim, 0)),
+        "beta": (beta, grid.matrices(*beta.shape[2:], 0)),
+        "w_before": (w, key_rows),
+        "k_before": (k, key_rows),
+        "beta_before": (beta, grid.matrices(*beta.shape[2:], 1)),
+        "q": (q, query_rows),
+        "v": (v, value_rows),
         "lse": (lse, statistics),
         "delta": (delta, statistics),
-        "dout": (dout, grouped_rows(v_dim)),
-        "dq_top": (dq_top, grouped_rows(head_dim)),
-        "dk_top": (dk_top, rows(head_dim)),
-        "dtransition": (dtransition, spec((1, 1, head_dim, head_dim), whole)),
-        "dv_later": (dv, rows(v_dim)),
+        "dout": (dout, out_rows),
+        "dq_top": (dq_top, query_rows),
+        "dk_top": (dk_top, key_rows),
+        "dtransition": (dtransition, grid.matrices(head_dim, head_dim, 1)),
+        "dv_later": (dv, value_rows),
     }
     outputs = {
-        "dq": (q.shape, dtype, grouped_rows(head_dim)),
-        "dk": (k.shape, k.dtype, rows(head_dim)),
-        "dw": (w.shape, w.dtype, rows(head_dim)),
-        "dv": (v.shape, v.dtype, rows(v_dim)),
-        "dbeta": ((heads, num_chunks, pairs, PAIR), _f32, spec((1, 1, pairs, PAIR), whole)),
+        "dq": (q.shape, dtype, query_rows),
+        "dk": (k.shape, k.dtype, key_rows),
+        "dw": (w.shape, w.dtype, key_rows),
+        "dv": (v.shape, v.dtype, value_rows),
+        "dbeta": ((heads, grid.num_chunks, pairs, PAIR), _f32, grid.matrices(pairs, PAIR, 1)),
     }
     tile, moving = (pairs, PAIR, PAIR), (num_blocks.bit_length() - 1, superchunk // 2, head_dim)
     scratch = {
@@ -581,19 +560,20 @@ def chunk_backward(
     if segment_ids is not None:
         per_row = heads // segment_ids.shape[0]
         index = lambda h, c: (lax.div(h, per_row), 0, c)
-        inputs["segments"] = (segment_ids[:, None], spec((1, 1, superchunk), index))
+        inputs["segments"] = (segment_ids[:, None], grid.block((1, 1, superchunk), index, 1))
         scratch["segment_columns"] = ((superchunk, PAIR), jnp.int32)
-    params = pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=vmem_limit << 20)
-    results = pl.pallas_call(
-        functools.partial(_kernel, names=(*inputs, *outputs, *scratch), scale=scale * _LOG2E, base=base, ratio=ratio),
-        grid=(cores, per_core + 1),
-        in_specs=[block for _, block in inputs.values()],
-        out_specs=[block for *_, block in outputs.values()],
-        out_shape=[lanes.result(shape, kind, q) for shape, kind, _ in outputs.values()],
-        scratch_shapes=[pltpu.VMEM(shape, kind) for shape, kind in scratch.values()],
+    results = grid.call(
+        _kernel,
+        inputs,
+        outputs,
+        scratch,
         name="path_chunk_backward",
+        like=q,
+        vmem_limit=vmem_limit,
         interpret=interpret,
-        compiler_params=params,
-    )(*[x for x, _ in inputs.values()])
-    dgate = None if gate is None else results[5].reshape(heads, group, length)
-    return (*results[:4], results[4].reshape(heads, length), dgate)
+        scale=scale * LOG2E,
+        base=base,
+        ratio=ratio,
+    )
+    dq, dk, dw, dv, dbeta, *dgate = results.values()
+    return dq, dk, dw, dv, dbeta.reshape(heads, length), dgate[0].reshape(heads, group, length) if dgate else None

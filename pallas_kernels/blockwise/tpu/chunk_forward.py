@@ -19,17 +19,15 @@ import functools
 
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.blockwise.tpu import lanes
+from pallas_kernels.blockwise.tpu.arithmetic import EMPTY, LOG2E, MASKED, NT, dot
+from pallas_kernels.blockwise.tpu.chunk_call import ChunkGrid, pad_rows
 from pallas_kernels.blockwise.tpu.transform import (
     BLOCK,
-    MASKED,
-    NT,
     PAIR,
     Versions,
-    dot,
     drain,
     gram_inverse,
     interleave,
@@ -42,8 +40,6 @@ from pallas_kernels.blockwise.tpu.transform import (
     solved_shape,
 )
 
-_LOG2E = 1.4426950408889634
-_EMPTY_LSE = -1e30
 _DISTANCE = 2  # pairs between the logits, the softmax and the output of a pair
 _COST = 6  # of each of these stages, on average
 _f32 = jnp.float32
@@ -127,7 +123,7 @@ def _attention(queries, keys, logits, v, gate, segments, out, lse):
         # The logarithm is taken of rows, which are 128 times smaller than columns.
         row_lse = as_row(maximum) + jnp.log2(as_row(total))
         if segments is not None:
-            row_lse = jnp.where(segments[pair : pair + 1] > 0, row_lse, _EMPTY_LSE)
+            row_lse = jnp.where(segments[pair : pair + 1] > 0, row_lse, EMPTY)
         lse[pair : pair + 1] = row_lse
 
     yield from pipeline([multiply, normalise, output], queries.top.shape[0] // PAIR, _DISTANCE, _COST)
@@ -185,11 +181,6 @@ def _for_other_heads(steps_of, group):
         lax.fori_loop(1, group, lambda g, _: drain(steps_of(g)), None)
 
 
-def _pad_rows(x, rows):
-    """Pads the second last axis of [..., r, 128] with zeros to a whole register tile."""
-    return jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, max(0, rows - x.shape[-2])), (0, 0)])
-
-
 def chunk_forward(
     q,
     k,
@@ -237,58 +228,30 @@ def chunk_forward(
     """
     heads, group, length, head_dim = q.shape
     v_dim, dtype = v.shape[-1], q.dtype
-    num_chunks, pairs, num_blocks = length // superchunk, superchunk // PAIR, superchunk // BLOCK
+    pairs, num_blocks = superchunk // PAIR, superchunk // BLOCK
     num_levels = num_blocks.bit_length() - 1
-    total = heads * num_chunks
-    cores = cores if total % cores == 0 else 1
-    per_core = total // cores
-
-    def by_chunk(x):
-        """[..., T] -> [..., T / S, S / 128, 128], one row per pair."""
-        return x.reshape(*x.shape[:-1], num_chunks, pairs, PAIR)
-
-    def spec(shape, index, lag):
-        """Block of the superchunk of this step (lag 0) or of the previous one (lag 1); `index` gets head and chunk."""
-
-        def block_index(core, step):
-            flat = core * per_core + jnp.clip(step - lag, 0, per_core - 1)
-            return index(lax.div(flat, num_chunks), lax.rem(flat, num_chunks))
-
-        return pl.BlockSpec(shape, block_index)
-
-    rows = lambda h, c: (h, c, 0)
-    grouped_rows = lambda h, c: (h, 0, c, 0)
+    grid = ChunkGrid(heads, length, superchunk, cores)
+    by_pair = (1, group, 1, pairs, PAIR), lambda h, c: (h, 0, c, 0, 0)
+    beta = pad_rows(grid.by_pair(beta))
     inputs = {
-        "w": (w, spec((1, superchunk, head_dim), rows, 0)),
-        "k": (k, spec((1, superchunk, head_dim), rows, 0)),
-        "beta": (
-            _pad_rows(by_chunk(beta), 8),
-            spec((1, 1, max(8, pairs), PAIR), lambda h, c: (h, c, 0, 0), 0),
-        ),
-        "q": (q, spec((1, group, superchunk, head_dim), grouped_rows, 0)),
-        "v": (v, spec((1, superchunk, v_dim), rows, 1)),
+        "w": (w, grid.rows(head_dim, 0)),
+        "k": (k, grid.rows(head_dim, 0)),
+        "beta": (beta, grid.matrices(*beta.shape[2:], 0)),
+        "q": (q, grid.grouped_rows(group, head_dim, 0)),
+        "v": (v, grid.rows(v_dim, 1)),
     }
     if gate is not None:
-        inputs["gate"] = (by_chunk(gate), spec((1, group, 1, pairs, PAIR), lambda h, c: (h, 0, c, 0, 0), 1))
+        inputs["gate"] = (grid.by_pair(gate), grid.block(*by_pair, 1))
     if segment_ids is not None:
-        per_row = heads // segment_ids.shape[0]
-        ids = _pad_rows(by_chunk(segment_ids), 8)
+        per_row, ids = heads // segment_ids.shape[0], pad_rows(grid.by_pair(segment_ids))
         index = lambda h, c: (lax.div(h, per_row), c, 0, 0)
-        inputs["segments"] = (ids, spec((1, 1, max(8, pairs), PAIR), index, 1))
+        inputs["segments"] = (ids, grid.block((1, 1, *ids.shape[2:]), index, 1))
     outputs = {
-        "q_top": ((heads, group, length, head_dim), dtype, spec((1, group, superchunk, head_dim), grouped_rows, 1)),
-        "k_top": ((heads, length, head_dim), dtype, spec((1, superchunk, head_dim), rows, 1)),
-        "transition": (
-            (heads, num_chunks, head_dim, head_dim),
-            _f32,
-            spec((1, 1, head_dim, head_dim), lambda h, c: (h, c, 0, 0), 1),
-        ),
-        "out": ((heads, group, length, v_dim), _f32, spec((1, group, superchunk, v_dim), grouped_rows, 1)),
-        "lse": (
-            (heads, group, num_chunks, pairs, PAIR),
-            _f32,
-            spec((1, group, 1, pairs, PAIR), lambda h, c: (h, 0, c, 0, 0), 1),
-        ),
+        "q_top": (q.shape, dtype, grid.grouped_rows(group, head_dim, 1)),
+        "k_top": (k.shape, dtype, grid.rows(head_dim, 1)),
+        "transition": ((heads, grid.num_chunks, head_dim, head_dim), _f32, grid.matrices(head_dim, head_dim, 1)),
+        "out": ((heads, group, length, v_dim), _f32, grid.grouped_rows(group, v_dim, 1)),
+        "lse": ((heads, group, grid.num_chunks, pairs, PAIR), _f32, grid.block(*by_pair, 1)),
     }
     scratch = {
         "solved": (solved_shape(num_blocks, head_dim), dtype),
@@ -299,17 +262,17 @@ def chunk_forward(
         "query_fixed": ((group, BLOCK, head_dim), dtype),
         "logits": ((group, pairs, PAIR, PAIR), _f32),
     }
-    *results, lse = pl.pallas_call(
-        functools.partial(_kernel, names=(*inputs, *outputs, *scratch), scale=scale * _LOG2E, base=base, ratio=ratio),
-        grid=(cores, per_core + 1),
-        in_specs=[block for _, block in inputs.values()],
-        out_specs=[block for *_, block in outputs.values()],
-        out_shape=[lanes.result(shape, kind, q) for shape, kind, _ in outputs.values()],
-        scratch_shapes=[pltpu.VMEM(shape, kind) for shape, kind in scratch.values()],
+    *results, lse = grid.call(
+        _kernel,
+        inputs,
+        outputs,
+        scratch,
         name="path_chunk_forward",
+        like=q,
+        vmem_limit=vmem_limit,
         interpret=interpret,
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=vmem_limit << 20
-        ),
-    )(*[x for x, _ in inputs.values()])
+        scale=scale * LOG2E,
+        base=base,
+        ratio=ratio,
+    ).values()
     return (*results, lse.reshape(heads, group, 1, length))

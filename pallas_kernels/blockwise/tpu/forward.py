@@ -9,56 +9,16 @@ so it cancels in the softmax and is left out here; tail_j + between is one row p
 sum over the steps, so no difference of large sums is ever formed.
 """
 
-import dataclasses
 import functools
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Array, Float, Int
 
 from pallas_kernels.blockwise.tpu import lanes, schedule
-
-MASKED, INITIAL_MAX = -2e30, -1e30
-_NT = (((1,), (1,)), ((), ()))
-
-
-@dataclasses.dataclass(frozen=True)
-class Tiling:
-    """Static switches of the kernels of the quadratic stage."""
-
-    superchunk: int  # tokens S per superchunk
-    keys: int  # keys per inner step, a divisor of S
-    num_queries: int  # superchunks of queries
-    num_keys: int  # superchunks of keys
-    tree: bool  # operands come from the frame tree
-    logit_scale: float  # base-2 logit of a unit dot product
-    window: int | None = None
-    vmem_limit: int = 64  # MiB
-    interpret: object = False  # as in `pallas_call`
-
-
-class Gate(NamedTuple):
-    """Sums of the log gate over parts of a superchunk, in the logits' units before `Tiling.logit_scale`."""
-
-    inside: Float[Array, "BK G T"]  # from the superchunk's start up to and including the token
-    tail: Float[Array, "BK G T"]  # from after the token to the superchunk's end
-    totals: Float[Array, "BN num_keys"]  # whole superchunks
-
-
-class Segments(NamedTuple):
-    """Segment ids, 0 = padding."""
-
-    ids: Int[Array, "B 1 T"]
-    uniform: Int[Array, "B num_keys"]  # the superchunk's id if all its tokens share it, else 0
-
-
-def dot(a, b, dimension_numbers=(((1,), (0,)), ((), ()))):
-    """Product with float32 accumulation; float32 operands are not rounded."""
-    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-    return jax.lax.dot_general(a, b, dimension_numbers, precision=precision, preferred_element_type=jnp.float32)
+from pallas_kernels.blockwise.tpu.arithmetic import EMPTY, MASKED, NT, dot
+from pallas_kernels.blockwise.tpu.tiling import Tiling, when_masks_matter
 
 
 def _kernel(*refs, tiling, has_gate, has_segments, has_bounds):
@@ -95,7 +55,7 @@ def _kernel(*refs, tiling, has_gate, has_segments, has_bounds):
             between[0] = 0.0
         if tiling.tree:
             maximum[...] = lanes.to_columns(partial_lse[0, 0])
-            normaliser[...] = jnp.where(maximum[...] > INITIAL_MAX, 1.0 / lanes.LANES, 0.0)
+            normaliser[...] = jnp.where(maximum[...] > EMPTY, 1.0 / lanes.LANES, 0.0)
             acc[...] = partial_out[0, 0]
 
     def visible(rows, keys, distance, masked):
@@ -112,7 +72,7 @@ def _kernel(*refs, tiling, has_gate, has_segments, has_bounds):
         return mask
 
     def logits(rows, keys, distance, masked, bias=None):
-        s = dot(q[0, 0, 0, rows], k[0, 0, 0, keys], _NT)
+        s = dot(q[0, 0, 0, rows], k[0, 0, 0, keys], NT)
         if bias is not None:
             s = s + bias
         mask = visible(rows, keys, distance, masked)
@@ -132,7 +92,7 @@ def _kernel(*refs, tiling, has_gate, has_segments, has_bounds):
             own = jnp.where(causal, s[:, start:], MASKED)
             tiles.append((rows, keys, own if start == 0 else jnp.concatenate([s[:, :start], own], 1)))
         for rows, keys, s in tiles:
-            peak = jnp.maximum(s.max(axis=1, keepdims=True), INITIAL_MAX)
+            peak = jnp.maximum(s.max(axis=1, keepdims=True), EMPTY)
             p = jnp.exp2((s - peak) * tiling.logit_scale)
             maximum[rows] = jnp.broadcast_to(peak, (size, lanes.LANES))
             normaliser[rows] = lanes.fold(p)
@@ -158,20 +118,7 @@ def _kernel(*refs, tiling, has_gate, has_segments, has_bounds):
             maximum[...] = peak
             acc[...] = lanes.widen(decay, width) * acc[...] + dot(p.astype(v.dtype), v[0, keys])
 
-    def choose(condition, tile):
-        """Runs the tile with or without masks."""
-        masked = has(schedule.EDGE)
-        if has_segments:
-            batch = head // (pl.num_programs(0) // uniform.shape[0])
-            own = uniform[batch, position]
-            keys = (uniform[batch, 2 * block] == own) & (uniform[batch, 2 * block + 1] == own)
-            masked = masked | (own <= 0) | jnp.logical_not(keys)
-        if has_segments or tiling.window is not None:
-            pl.when(condition & masked)(lambda: tile(True))
-            pl.when(condition & jnp.logical_not(masked))(lambda: tile(False))
-        else:
-            pl.when(condition)(lambda: tile(False))
-
+    choose = functools.partial(when_masks_matter, tiling=tiling, flags=flags, query=query, block=block, uniform=uniform)
     needed = True if not has_bounds else n <= last_step[head, query]
     if not tiling.tree:
         for half in (0, 1):
@@ -196,7 +143,7 @@ def _kernel(*refs, tiling, has_gate, has_segments, has_bounds):
         out[0, 0] = (acc[...] * lanes.widen(inverse, width)).astype(out.dtype)
         total, peak = lanes.to_row(total), lanes.to_row(maximum[...])
         log_sum = peak * tiling.logit_scale + jnp.log2(jnp.where(total == 0, 1.0, total))
-        lse[0, 0] = jnp.where(total == 0, INITIAL_MAX, log_sum)
+        lse[0, 0] = jnp.where(total == 0, EMPTY, log_sum)
 
 
 def attention_forward(q, k, v, tiling: Tiling, *, gate=None, segments=None, last_step=None, partial=None):

@@ -1,16 +1,13 @@
 """Layout of a call on a TPU: one head after the other, heads of whole lanes, whole superchunks, base-2 gates."""
 
 import dataclasses
-import math
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels.blockwise.tpu import lanes
-from pallas_kernels.blockwise.tpu.forward import Gate, Segments
+from pallas_kernels.blockwise.tpu.tiling import Gate, Segments
 from pallas_kernels.call import Inputs
-
-LOG2E = math.log2(math.e)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +71,7 @@ def pad(x, axis, before, total):
     return jnp.pad(x, widths) if max(widths[axis]) else x
 
 
-def per_key_head(x, size: Geometry, length: int):
+def per_key_head(x, length: int):
     """[B, S, heads, *H] -> [B heads, length, *H]; H, if there, padded to whole lanes."""
     x = jnp.moveaxis(pad(x, 1, 0, length), 2, 1)
     x = x.reshape(-1, *x.shape[2:])
@@ -83,7 +80,7 @@ def per_key_head(x, size: Geometry, length: int):
 
 def per_query_head(x, size: Geometry):
     """[B, T, N, *H] -> [B K, G, query_length, *H], with zero queries in front."""
-    x = per_key_head(pad(x, 1, size.front, size.query_length), size, size.query_length)
+    x = per_key_head(pad(x, 1, size.front, size.query_length), size.query_length)
     return x.reshape(size.batch * size.num_kv_heads, -1, *x.shape[1:])
 
 
@@ -102,7 +99,7 @@ def from_key_heads(x, like):
 
 def gate_sums(log_forget, size: Geometry, factor: float) -> Gate:
     """Sums over parts of superchunks of `factor * log_forget`, each formed on its own, none as a difference."""
-    x = factor * per_key_head(log_forget.astype(jnp.float32), size, size.key_length)
+    x = factor * per_key_head(log_forget.astype(jnp.float32), size.key_length)
     chunks = x.reshape(x.shape[0], -1, size.superchunk)
     inside = jnp.cumsum(chunks, axis=-1)
     tail = jax.lax.cumsum(jnp.pad(chunks[..., 1:], [(0, 0), (0, 0), (0, 1)]), axis=2, reverse=True)

@@ -19,10 +19,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.blockwise.tpu import lanes
-from pallas_kernels.blockwise.tpu.forward import dot
+from pallas_kernels.blockwise.tpu.arithmetic import NT, TN, dot
 
-_NT = (((1,), (1,)), ((), ()))
-_TN = (((0,), (0,)), ((), ()))
 _IN_HBM = pl.BlockSpec(memory_space=pl.ANY)
 
 
@@ -114,7 +112,7 @@ def _forward_kernel(
         @pl.when(jnp.logical_not(is_query) & _has_queries_above(chunk, level, num_chunks))
         def _(level=level):
             right = stack[starts[level] + (chunk >> level) + 1].astype(key.dtype)
-            key[...] = dot(key[...], right, _NT).astype(key.dtype)
+            key[...] = dot(key[...], right, NT).astype(key.dtype)
 
     each_copy(chunk, lambda copy: copy.start())
 
@@ -148,15 +146,15 @@ def _backward_kernel(
                 left, dleft = stack[index].astype(dtype), dstack[index]
                 for g in range(groups):
                     above = dquery[g].astype(dtype)
-                    dleft += dot(versions[level, 0, g], above, _TN)
-                    dquery[g] = dot(above, left, _NT)
+                    dleft += dot(versions[level, 0, g], above, TN)
+                    dquery[g] = dot(above, left, NT)
                 dstack[index] = dleft
 
             @pl.when(jnp.logical_not(is_query) & _has_queries_above(chunk, level, num_chunks))
             def _(level=level):
                 index = starts[level] + (chunk >> level) + 1
                 above = dkey[...].astype(dtype)
-                dstack[index] += dot(above, versions[level, 0, 0], _TN)
+                dstack[index] += dot(above, versions[level, 0, 0], TN)
                 dkey[...] = dot(above, stack[index].astype(dtype))
 
         @pl.when(is_query)
@@ -177,8 +175,8 @@ def _backward_kernel(
 
             def split_pair(s, _, below=below, above=above):
                 left, right, product = below + 2 * s, below + 2 * s + 1, dstack[above + s]
-                dstack[right] += dot(product, stack[left], _NT)
-                dstack[left] += dot(stack[right], product, _TN)
+                dstack[right] += dot(product, stack[left], NT)
+                dstack[left] += dot(stack[right], product, TN)
 
             jax.lax.fori_loop(0, end - above, split_pair, None)
         _copy(dstack.at[pl.ds(0, num_chunks)], dtransition.at[kv], semaphore)

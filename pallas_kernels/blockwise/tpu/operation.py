@@ -11,12 +11,14 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.blockwise.tpu import bounds, layout, tuning
+from pallas_kernels.blockwise.tpu.arithmetic import EMPTY, LOG2E
 from pallas_kernels.blockwise.tpu.backward import attention_backward
 from pallas_kernels.blockwise.tpu.chunk_backward import chunk_backward
 from pallas_kernels.blockwise.tpu.chunk_forward import chunk_forward
-from pallas_kernels.blockwise.tpu.forward import INITIAL_MAX, Gate, Segments, Tiling, attention_forward
+from pallas_kernels.blockwise.tpu.forward import attention_forward
 from pallas_kernels.blockwise.tpu.lazily import on_tpu
 from pallas_kernels.blockwise.tpu.lift import lift_backward, lift_forward, stack_bytes
+from pallas_kernels.blockwise.tpu.tiling import Gate, Segments, Tiling
 from pallas_kernels.call import AttentionCall, Inputs, Options
 from pallas_kernels.partition import by_batch_and_head
 
@@ -60,18 +62,18 @@ def _setting(options: Options, sizes: tuning.Sizes, inputs: Inputs) -> _Setting:
         num_keys=size.num_keys,
         tree=is_path,
         # Queries of the tree are scaled before they are rounded. Otherwise logits are: that takes a positive scale.
-        logit_scale=1.0 if is_path or options.scale <= 0 else options.scale * layout.LOG2E,
+        logit_scale=1.0 if is_path or options.scale <= 0 else options.scale * LOG2E,
         window=options.window,
         vmem_limit=sizes.chip.vmem,
         interpret=options.interpret,
     )
     q = layout.per_query_head(inputs.q, size)
     if not is_path and options.scale <= 0:
-        q = (q * (options.scale * layout.LOG2E)).astype(q.dtype)
-    k, v = (layout.per_key_head(x, size, size.key_length) for x in (inputs.k, inputs.v))
+        q = (q * (options.scale * LOG2E)).astype(q.dtype)
+    k, v = (layout.per_key_head(x, size.key_length) for x in (inputs.k, inputs.v))
     gate = segments = None
     if inputs.log_forget is not None:
-        gate = layout.gate_sums(inputs.log_forget, size, options.gate_scale * layout.LOG2E / tiling.logit_scale)
+        gate = layout.gate_sums(inputs.log_forget, size, options.gate_scale * LOG2E / tiling.logit_scale)
     if inputs.segment_ids is not None:
         segments = layout.segments(inputs.segment_ids, size)
     first_block = bounds.first_block(options, inputs, size, tiling, gate, segments)
@@ -90,8 +92,8 @@ def _chunk_arguments(options: Options, inputs: Inputs, setting: _Setting):
         setting.q.astype(dtype),
         setting.k[:, :length].astype(dtype),
         setting.v[:, :length].astype(dtype),
-        layout.per_key_head(inputs.w, size, length).astype(dtype),
-        layout.per_key_head(inputs.beta.astype(jnp.float32), size, length),
+        layout.per_key_head(inputs.w, length).astype(dtype),
+        layout.per_key_head(inputs.beta.astype(jnp.float32), length),
         None if gate is None else gate.inside[:, :, :length],
         None if segments is None else segments.ids[:, 0, :length],
     )
@@ -209,8 +211,8 @@ def _forward(options, sizes, inputs):
         out, lse, kept = _path_forward(options, inputs, setting)
     else:
         out, lse = _attention_forward(setting, setting.q[None], setting.k[None, :, None])
-    is_empty = lse == INITIAL_MAX
-    lse = lse / layout.LOG2E + _own_gate(setting)
+    is_empty = lse == EMPTY
+    lse = lse / LOG2E + _own_gate(setting)
     lse = jnp.where(is_empty, -jnp.inf, lse).reshape(size.batch, size.num_heads, -1)
     out = layout.from_query_heads(out, size, inputs.v.shape[3]).astype(inputs.q.dtype)
     return out, lse[:, :, size.front : size.front + size.length], kept
@@ -221,7 +223,7 @@ def _own_gate(setting):
     if setting.gate is None:
         return 0.0
     inside = setting.gate.inside[:, :, setting.size.query_positions]
-    return (setting.tiling.logit_scale / layout.LOG2E) * inside[:, :, None]
+    return (setting.tiling.logit_scale / LOG2E) * inside[:, :, None]
 
 
 def _backward(options, sizes, inputs, out, lse, kept, dout, dlse):
@@ -231,7 +233,7 @@ def _backward(options, sizes, inputs, out, lse, kept, dout, dlse):
     delta = delta - jnp.where(jnp.isneginf(lse), 0, dlse)
     delta, lse = (layout.per_query_head(x.swapaxes(1, 2), size)[:, :, None] for x in (delta, lse))
     # +1e30 makes every weight of an empty row 0.
-    lse = jnp.where(jnp.isneginf(lse), -INITIAL_MAX, (lse - _own_gate(setting)) * layout.LOG2E)
+    lse = jnp.where(jnp.isneginf(lse), -EMPTY, (lse - _own_gate(setting)) * LOG2E)
     dout = layout.per_query_head(dout.astype(inputs.v.dtype), size)
     if setting.tiling.tree:
         dq, dk, dv, dw, dbeta, gate_sums = _path_backward(options, inputs, setting, kept, lse, delta, dout)
@@ -239,7 +241,7 @@ def _backward(options, sizes, inputs, out, lse, kept, dout, dlse):
         dw = dbeta = None
         dq, dk, dv, *gate_sums = _attention_backward(
             setting, setting.q[None], setting.k[None, :, None], lse, delta, dout,
-            dq_scale=options.scale, dk_scale=options.scale if options.scale > 0 else 1 / layout.LOG2E,
+            dq_scale=options.scale, dk_scale=options.scale if options.scale > 0 else 1 / LOG2E,
         )  # fmt: skip
         dq, dk = dq[0], dk[0, :, 0]
     dlog_forget = None

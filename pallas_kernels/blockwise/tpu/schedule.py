@@ -85,13 +85,12 @@ def backward_steps(num_queries: int, num_keys: int, superchunk: int, tree: bool,
     A key block that no query sees has one step without a tile, which writes its zeros. Arguments and result as for
     `forward_steps`.
     """
-    tiles = [t for t in _tiles(num_queries, num_keys, superchunk, tree, window) if t[3] & TILE]
-    blocks = {block for _, block, _, _ in tiles}
-    tiles += [(0, block, 0, 0) for block in range((num_keys + 1) // 2) if block not in blocks]
-    tiles.sort(key=lambda tile: (-tile[1], tile[2], tile[0]))
-    seen = [t for t in tiles if t[3]]
-    seen = _mark(seen, lambda tile: (tile[0], tile[2]), FIRST, LAST)
-    tiles = sorted(seen + [t for t in tiles if not t[3]], key=lambda tile: (-tile[1], tile[2], tile[0]))
+    seen = [t for t in _tiles(num_queries, num_keys, superchunk, tree, window) if t[3] & TILE]
+    blocks = {block for _, block, _, _ in seen}
+    unseen = [(0, block, 0, 0) for block in range((num_keys + 1) // 2) if block not in blocks]
+    tiles = sorted(seen + unseen, key=lambda tile: (-tile[1], tile[2], tile[0]))
+    # A block that nobody sees shares no accumulator of queries.
+    tiles = _mark(tiles, lambda tile: (tile[0], tile[2]) if tile[3] else tile[1], FIRST, LAST)
     tiles = _mark(tiles, lambda tile: (tile[1], tile[2]), FIRST_OF_KEYS, LAST_OF_KEYS)
     return _table(_mark(tiles, lambda tile: tile[1], FIRST_OF_BLOCK, LAST_OF_BLOCK))
 

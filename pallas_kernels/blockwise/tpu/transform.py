@@ -25,17 +25,11 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.blockwise.tpu.arithmetic import MASKED, NT, TN, dot
+
 BLOCK, PAIR = 64, 128
-MASKED = -1e30  # logit of an invisible key
-NN, NT, TN = ((((1,), (0,)), ((), ())), (((1,), (1,)), ((), ())), (((0,), (0,)), ((), ())))
 
 _f32 = jnp.float32
-
-
-def dot(a, b, dims=NN):
-    """Matrix product with float32 result: one pass for bfloat16 operands, full precision for float32 operands."""
-    precision = lax.Precision.HIGHEST if a.dtype == _f32 else lax.Precision.DEFAULT
-    return lax.dot_general(a, b, dims, precision=precision, preferred_element_type=_f32)
 
 
 def split(x, dtype):
