@@ -19,13 +19,14 @@ def unit_directions(w: Float[Array, "B T K H"]) -> Float[Array, "B T K H"]:
 def rounded_directions(
     w: Float[Array, "B T K H"], beta: Float[Array, "B T K"], dtype
 ) -> tuple[Float[Array, "B T K H"], Float[Array, "B T K"]]:
-    """Directions rounded to `dtype`, and strengths divided by their squared norms.
+    """Directions rounded to `dtype`, and strengths that keep `beta |w|^2` as it is.
 
-    `I - beta w^T w / |w|^2` is exactly the reflection along the rounded direction: rounding changes the model a little,
-    the same way wherever it runs, and no product of reflections grows.
+    `I - beta w^T w` is then as far from the identity along the rounded direction as it was along the exact one: rounding
+    changes the model a little, the same way wherever it runs, and no product of reflections grows.
     """
-    w = w.astype(dtype)
-    return w, beta / jnp.sum(jnp.square(w.astype(jnp.float32)), axis=-1)
+    rounded = w.astype(dtype)
+    exact, squared = (jnp.sum(jnp.square(x.astype(jnp.float32)), axis=-1) for x in (w, rounded))
+    return rounded, beta * jnp.where(squared > 0, exact / jnp.where(squared > 0, squared, 1), 1)
 
 
 class PathAttention(nn.Module):
@@ -43,7 +44,7 @@ class PathAttention(nn.Module):
       gate_scale: factor of the forget gate in the logits; None means the logit scale, as in flash-linear-attention.
       beta_max: clips beta below 2, for runs in which rounding lets products of reflections grow.
       round_directions: rounds w to the compute dtype, keeping reflections exact. TPU kernels compute their linear stage
-        in the dtype of w, in bfloat16 several times as fast.
+        in the dtype of w, in bfloat16 several times as fast; False gives float32 accuracy there.
       prune: see pallas_kernels.path_attention.
       dtype: compute dtype, the input's by default. beta, the gate and, unless rounded, w are float32 always.
       implementation: see pallas_kernels.path_attention.
@@ -60,7 +61,7 @@ class PathAttention(nn.Module):
     qk_norm: bool = False
     gate_scale: float | None = 1.0
     beta_max: float = 2.0
-    round_directions: bool = False
+    round_directions: bool = True
     prune: float | str | None = None
     dtype: jnp.dtype | None = None
     implementation: str | None = None

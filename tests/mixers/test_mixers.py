@@ -201,7 +201,8 @@ def test_directions_of_zeros_are_finite():
 
 def test_rounded_directions_are_exact_reflections():
     """`beta |w|^2` is kept, so that beta = 2 stays orthogonal and beta = 1 a projection."""
-    w = unit_directions(jax.random.normal(jax.random.key(0), (1, 5, 2, HEAD_DIM)))
+    w = jax.random.normal(jax.random.key(0), (1, 5, 2, HEAD_DIM))
+    w = w / jnp.linalg.norm(w, axis=-1, keepdims=True)  # `unit_directions` falls short of 1 by its epsilon
     beta = jnp.full((1, 5, 2), 2.0)
     rounded, scaled = rounded_directions(w, beta, jnp.bfloat16)
     assert rounded.dtype == jnp.bfloat16
@@ -211,6 +212,16 @@ def test_rounded_directions_are_exact_reflections():
         reflection @ reflection, jnp.broadcast_to(jnp.eye(HEAD_DIM), reflection.shape), atol=1e-6
     )
     np.testing.assert_allclose(wide, w, atol=4e-3)
+
+
+def test_rounding_does_nothing_to_float32_and_to_no_direction():
+    w, beta = jax.random.normal(jax.random.key(0), (1, 5, 2, HEAD_DIM)).at[0, 0].set(0.0), jnp.full((1, 5, 2), 1.5)
+    for dtype, expected in ((jnp.float32, (w, beta)), (jnp.bfloat16, (w[:, :1], beta[:, :1]))):
+        rounded, scaled = rounded_directions(w, beta, dtype)
+        np.testing.assert_array_equal(rounded[:, : expected[0].shape[1]], expected[0])
+        np.testing.assert_array_equal(scaled[:, : expected[1].shape[1]], expected[1])
+    gradient = jax.grad(lambda w: jnp.sum(rounded_directions(w, beta, jnp.bfloat16)[1]))(jnp.zeros_like(w))
+    assert np.isfinite(gradient).all()
 
 
 def test_timescale_biases():
