@@ -1,12 +1,20 @@
-"""Eight fake CPU devices and run-time shape checks of the kernels, for the whole suite."""
+"""Eight fake CPU devices, one cache of compiled programs and run-time shape checks, for the whole suite."""
 
+import atexit
 import os
+import shutil
+import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Compilation is most of the suite's time. The LLVM level changes no HLO; the scripts' own tests run without it.
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 )
+# Programs are compiled once for all processes: those of the suite, and the scripts that tests start again and again.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="path-jax-tests-")
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 from jaxtyping import install_import_hook  # noqa: E402
 
