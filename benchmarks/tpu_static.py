@@ -93,7 +93,7 @@ def _parser():
     table.add_argument("--output", type=Path, required=True, help="Markdown file; results are kept next to it as JSON")
     table.add_argument("--only", default="", help="regular expression on cell names; others are only printed")
     table.add_argument("--chips", nargs="+", default=["v4", "v5e", "v5p", "v6e"])
-    table.add_argument("--recount", action="store_true", help="count the selected cells again")
+    table.add_argument("--recount", action="store_true", help="count again what was counted with older kernels")
     table.add_argument("--retry", action="store_true", help="count failed cells of the selection again")
     table.add_argument("--list", action="store_true", help="print the names of the selected cells and stop")
     return parser

@@ -21,8 +21,8 @@ def rounded_directions(
 ) -> tuple[Float[Array, "B T K H"], Float[Array, "B T K"]]:
     """Directions rounded to `dtype`, and strengths that keep `beta |w|^2` as it is.
 
-    `I - beta w^T w` is then as far from the identity along the rounded direction as it was along the exact one: rounding
-    changes the model a little, the same way wherever it runs, and no product of reflections grows.
+    `I - beta w^T w` then moves the rounded direction as far as it moved the exact one: rounding changes the model a
+    little, the same way wherever it runs, and no product of reflections grows.
     """
     rounded = w.astype(dtype)
     exact, squared = (jnp.sum(jnp.square(x.astype(jnp.float32)), axis=-1) for x in (w, rounded))

@@ -236,10 +236,17 @@ def test_table_compares_with_the_best_splash_and_keeps_failures():
         cell_of("path"): record(3_000_000) | {"outside_default": 0.5, "sources": "old", "suspicious": ["dot"]},
         cell_of("fox"): {"failure": "ValueError: no"},
     }
-    text = tpu_table.markdown(results, "new")
+    text = tpu_table.markdown(results)
     (path,) = (line for line in text.splitlines() if "path (older kernels)" in line)
     assert "| 0.75 (1.50) |" in path and "0.00 (0.50) with dot" in path
     assert "5.000" not in text and "* fox backward v5p T8192 H128 kv8: ValueError: no" in text
+
+
+def test_counts_age_with_the_kernels_they_used():
+    fox, path = (tpu_table.kernel_sources(cell_of(op)) for op in ("fox", "path"))
+    forward = tpu_table.kernel_sources(cell_of("path", direction="forward"))
+    assert len({fox, path, forward}) == 3
+    assert tpu_table.kernel_sources(cell_of("path_fox", head_dim=64)) == path
 
 
 def test_table_skips_blocks_that_lost_without_grouped_heads():
@@ -268,7 +275,12 @@ def test_table_resumes(tmp_path, monkeypatch):
     assert len(counted) == 4
     tpu_static.main([*command, "--retry"])
     assert counted[4:] == counted[2:4]
-    assert (tmp_path / "t.md").read_text().count("| flash |") == 2
+    tpu_static.main([*command, "--recount"])
+    assert len(counted) == 6
+    monkeypatch.setattr(tpu_table, "is_old", lambda cell, record: cell.op == "flash" and cell.direction == "forward")
+    tpu_static.main([*command, "--recount"])
+    assert counted[6:] == counted[:1]
+    assert (tmp_path / "t.md").read_text().count("| flash") == 2
 
 
 def test_table_names_are_unique():
