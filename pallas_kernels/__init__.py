@@ -10,10 +10,22 @@ Public arrays are ordered `B T N H`. Inside, arrays are tile-major (`tiles B K G
 contiguous slice. Log-space values are natural logarithms and start with `log_`; cotangents start with `d`.
 """
 
+from pallas_kernels.cache import init_cache
+from pallas_kernels.decode import extend
 from pallas_kernels.dispatch import explain
 from pallas_kernels.forgetting_attention import forgetting_attention
 from pallas_kernels.householder import householder_transform
 from pallas_kernels.interpreter import interpret
+from pallas_kernels.page_pool import PagePool
 from pallas_kernels.path_attention import path_attention
 
-__all__ = ["explain", "forgetting_attention", "householder_transform", "interpret", "path_attention"]
+__all__ = [
+    "PagePool",
+    "explain",
+    "extend",
+    "forgetting_attention",
+    "householder_transform",
+    "init_cache",
+    "interpret",
+    "path_attention",
+]

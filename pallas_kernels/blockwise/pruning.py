@@ -71,6 +71,11 @@ def carries_mass(
       num_keys: keys of a row.
     """
     a, b = pairs[:, 0], pairs[:, 1]
-    reach = norms.key[b] + norms.key[a + offset]
-    log_bound = _ROUNDING * abs(scale) * norms.query[a] * reach[..., None] + largest_gate
+    reach = (norms.key[b] + norms.key[a + offset])[..., None]
+    return may_carry(norms.query[a], reach, largest_gate, scale=scale, mass=mass, num_keys=num_keys)
+
+
+def may_carry(query_norm, reach, largest_gate, *, scale: float, mass: float, num_keys: int):
+    """`carries_mass` from the largest norm of queries and the sum of those of the keys and of the queries' own keys."""
+    log_bound = _ROUNDING * abs(scale) * query_norm * reach + largest_gate
     return log_bound > math.log(mass) - math.log(num_keys)
