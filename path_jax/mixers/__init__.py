@@ -1,9 +1,11 @@
 """Sequence mixers, one contract.
 
-    mixer(x: [B, T, D], *, positions=None [B, T], segment_ids=None [B, T], cache=None) -> (y: [B, T, D], cache)
+    mixer(x: [B, T, D], *, positions=None [B, T], segment_ids=None [B, T], cache=None, lengths=None [B])
+        -> (y: [B, T, D], cache)
 
-Documents of a packed sequence (segment_ids) do not see each other. `cache=None` is training and full forward passes;
-decoding with a cache is not part of this version.
+Documents of a packed sequence (segment_ids) do not see each other. `cache=None` is training and full forward passes.
+With the cache that `mixer.init_state(batch, max_length, embed_dim)` made or the last call returned, the call appends T
+tokens to every row, or the first `lengths[b]` of them to row b: prefill, chunks and single steps are one call.
 """
 
 import functools

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import forgetting_attention
-from path_jax.nn.layers import HeadRMSNorm, default_positions, linear, rotary, shift
+from pallas_kernels import extend, forgetting_attention
+from path_jax.mixers.state import State, init_state, lengths_of
+from path_jax.nn.layers import HeadRMSNorm, append, default_positions, linear, rotary, shift
 from path_jax.nn.taps import Tap
 
 GATES = ("full", "bias_only", "fixed", "none")
@@ -19,12 +20,6 @@ def timescale_biases(num_heads: int, shortest: float, longest: float) -> np.ndar
     """Gate biases b with log_sigmoid(b) = -1/T, T log-spaced over the heads from `shortest` to `longest` tokens."""
     timescales = np.exp(np.linspace(math.log(shortest), math.log(longest), num_heads))
     return -np.log(np.expm1(1 / timescales)).astype(np.float32)
-
-
-def token_shift(y: Float[Array, "B T K H"], amount: Float[Array, "B T K"], segment_ids: Int[Array, "B T"] | None):
-    """`amount_t * y_{t-1} + (1 - amount_t) * y_t` per head, with y = 0 before each document; mixed in float32."""
-    mixed = amount[..., None] * shift(y, 1, segment_ids) + (1 - amount[..., None]) * y
-    return mixed.astype(y.dtype)
 
 
 class ForgettingAttention(nn.Module):
@@ -74,6 +69,16 @@ class ForgettingAttention(nn.Module):
             raise ValueError(f"qk_norm={self.qk_norm!r} is unknown; choose from {QK_NORMS}")
         super().__post_init__()
 
+    def init_state(self, batch: int, max_length: int, embed_dim: int, **cache_options) -> State:
+        """State for rows of up to `max_length` tokens; `cache_options` go to pallas_kernels.init_cache."""
+        head_dim = self.head_dim or embed_dim // self.num_heads
+        num_kv_heads = self.num_kv_heads or self.num_heads
+        return init_state(
+            batch, max_length, num_heads=self.num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim,
+            path=False, forget=self.gate != "none", **{"dtype": self.dtype} | cache_options,
+            histories={name: (1, num_kv_heads, head_dim) for name in "kv"} if self.kv_shift else {},
+        )  # fmt: skip
+
     @nn.compact
     def __call__(
         self,
@@ -81,10 +86,10 @@ class ForgettingAttention(nn.Module):
         *,
         positions: Int[Array, "B T"] | None = None,
         segment_ids: Int[Array, "B T"] | None = None,
-        cache=None,
+        cache: State | None = None,
+        lengths: Int[Array, "B"] | None = None,
     ):
-        if cache is not None:
-            raise NotImplementedError("decoding with a cache is not part of this version; pass the whole sequence")
+        lengths = lengths_of(x, cache, segment_ids, lengths)
         dtype = x.dtype if self.dtype is None else self.dtype
         num_kv_heads = self.num_kv_heads or self.num_heads
         head_dim = self.head_dim or x.shape[-1] // self.num_heads
@@ -93,30 +98,48 @@ class ForgettingAttention(nn.Module):
         q = heads(linear(self.num_heads * head_dim, "q_proj", dtype=dtype)(x))
         k = heads(linear(num_kv_heads * head_dim, "k_proj", dtype=dtype)(x))
         v = heads(linear(num_kv_heads * head_dim, "v_proj", dtype=dtype)(x))
+        history = {}
         if self.kv_shift:
-            amount = lambda name: nn.sigmoid(linear(num_kv_heads, name, dtype=dtype)(x).astype(jnp.float32))
-            k = token_shift(k, amount("k_shift_proj"), segment_ids)
-            v = token_shift(v, amount("v_shift_proj"), segment_ids)
+            k, history["k"] = self._shifted("k", k, x, segment_ids, cache, lengths)
+            v, history["v"] = self._shifted("v", v, x, segment_ids, cache, lengths)
         if self.qk_norm != "none":
             is_shared = self.qk_norm == "shared"
             q, k = HeadRMSNorm(is_shared, name="q_norm")(q), HeadRMSNorm(is_shared, name="k_norm")(k)
         if self.rope_theta is not None:
             if positions is None:
                 positions = default_positions(x[..., 0], segment_ids)
+                positions += 0 if cache is None else cache.length[:, None]
             q, k = rotary(q, positions, self.rope_theta), rotary(k, positions, self.rope_theta)
         q, k, v = Tap(name="q")(q), Tap(name="k")(k), Tap(name="v")(v)
 
-        out = forgetting_attention(
-            q, k, v, self._log_forget(x, dtype),
-            gate_scale=self.gate_scale, window=self.window, prune=self.prune, segment_ids=segment_ids,
-            implementation=self.implementation,
-        )  # fmt: skip
+        log_forget, options = (
+            self._log_forget(x, dtype),
+            dict(gate_scale=self.gate_scale, window=self.window, prune=self.prune),
+        )
+        if cache is None:
+            out = forgetting_attention(
+                q, k, v, log_forget, segment_ids=segment_ids, implementation=self.implementation, **options
+            )
+        else:
+            out, attention = extend(cache.attention, q, k, v, log_forget=log_forget, lengths=lengths, **options)
+            cache = State(attention, history)
         if self.output_norm:
             out = HeadRMSNorm(is_shared=False, eps=self.norm_eps, name="output_norm")(out)
         out = out.reshape(*x.shape[:2], -1)
         if self.output_gate:
             out *= nn.sigmoid(linear(out.shape[-1], "output_gate_proj", dtype=dtype)(x))
-        return linear(x.shape[-1], "o_proj", dtype=dtype)(out), None
+        return linear(x.shape[-1], "o_proj", dtype=dtype)(out), cache
+
+    def _shifted(self, name, y, x, segment_ids, cache, lengths):
+        """`a_t y_{t-1} + (1 - a_t) y_t` per head, a = sigmoid(shift_proj x), y = 0 before each document; in float32."""
+        amount = nn.sigmoid(linear(y.shape[2], f"{name}_shift_proj", dtype=y.dtype)(x).astype(jnp.float32))[..., None]
+        history = None
+        if cache is None:
+            before = shift(y, 1, segment_ids)
+        else:
+            joined, history = append(cache.history[name], y, lengths)
+            before = joined[:, :-1]
+        return (amount * before + (1 - amount) * y).astype(y.dtype), history
 
     def _log_forget(self, x, dtype):
         if self.gate == "none":

@@ -5,8 +5,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import path_attention
-from path_jax.nn.layers import HeadRMSNorm, ShortConv, linear
+from pallas_kernels import extend, path_attention
+from path_jax.mixers.state import State, init_state, lengths_of
+from path_jax.nn.layers import HeadRMSNorm, ShortConv, append, linear
 from path_jax.nn.taps import Tap
 
 
@@ -73,6 +74,16 @@ class PathAttention(nn.Module):
             raise ValueError(f"conv_size={self.conv_size} must be >= 0 and w_rank={self.w_rank} None or >= 1")
         super().__post_init__()
 
+    def init_state(self, batch: int, max_length: int, embed_dim: int, **cache_options) -> State:
+        """State for rows of up to `max_length` tokens; `cache_options` go to pallas_kernels.init_cache."""
+        head_dim = self.head_dim or embed_dim // self.num_heads
+        num_kv_heads = self.num_kv_heads or self.num_heads
+        return init_state(
+            batch, max_length, num_heads=self.num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim,
+            path=True, forget=self.forget_gate, **{"dtype": self.dtype} | cache_options,
+            histories={"w": (self.conv_size - 1, num_kv_heads * head_dim)} if self.conv_size else {},
+        )  # fmt: skip
+
     @nn.compact
     def __call__(
         self,
@@ -80,11 +91,11 @@ class PathAttention(nn.Module):
         *,
         positions: Int[Array, "B T"] | None = None,
         segment_ids: Int[Array, "B T"] | None = None,
-        cache=None,
+        cache: State | None = None,
+        lengths: Int[Array, "B"] | None = None,
     ):
         del positions  # position is what the reflections encode
-        if cache is not None:
-            raise NotImplementedError("decoding with a cache is not part of this version; pass the whole sequence")
+        lengths = lengths_of(x, cache, segment_ids, lengths)
         dtype = x.dtype if self.dtype is None else self.dtype
         num_kv_heads = self.num_kv_heads or self.num_heads
         head_dim = self.head_dim or x.shape[-1] // self.num_heads
@@ -102,8 +113,12 @@ class PathAttention(nn.Module):
         else:
             w = linear(self.w_rank, "w_proj_down", dtype=dtype)(x)
             w = linear(num_kv_heads * head_dim, "w_proj_up", dtype=dtype)(w)
+        history = {}
         if self.conv_size:
-            w = Tap(name="conv_out")(ShortConv(self.conv_size, name="w_conv")(w, segment_ids))
+            conv = ShortConv(self.conv_size, name="w_conv")
+            if cache is not None:
+                w, history["w"] = append(cache.history["w"], w, lengths)
+            w = Tap(name="conv_out")(conv(w, segment_ids)[:, -x.shape[1] :])
         w = Tap(name="w")(unit_directions(heads(w)))
         beta = linear(num_kv_heads, "beta_proj", dtype=dtype, use_bias=True)(x)
         beta = Tap(name="beta")(jnp.minimum(2 * nn.sigmoid(beta.astype(jnp.float32)), self.beta_max))
@@ -114,9 +129,13 @@ class PathAttention(nn.Module):
             gate = linear(self.num_heads, "forget_proj", dtype=dtype, use_bias=True)(x)
             log_forget = Tap(name="log_forget")(nn.log_sigmoid(gate.astype(jnp.float32)))
 
-        out = path_attention(
-            q, k, v, w, beta, log_forget,
-            gate_scale=head_dim**-0.5 if self.gate_scale is None else self.gate_scale,
-            prune=self.prune, segment_ids=segment_ids, implementation=self.implementation,
-        )  # fmt: skip
-        return linear(x.shape[-1], "o_proj", dtype=dtype)(out.reshape(*x.shape[:2], -1)), None
+        options = dict(gate_scale=head_dim**-0.5 if self.gate_scale is None else self.gate_scale, prune=self.prune)
+        if cache is None:
+            out = path_attention(
+                q, k, v, w, beta, log_forget,
+                segment_ids=segment_ids, implementation=self.implementation, **options,
+            )  # fmt: skip
+        else:
+            out, attention = extend(cache.attention, q, k, v, w, beta, log_forget, lengths=lengths, **options)
+            cache = State(attention, history)
+        return linear(x.shape[-1], "o_proj", dtype=dtype)(out.reshape(*x.shape[:2], -1)), cache

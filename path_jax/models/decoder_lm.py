@@ -10,10 +10,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from path_jax.mixers import MIXERS
+from path_jax.mixers.state import State
 from path_jax.models.config import ModelConfig
 from path_jax.nn.layers import INIT_STD, RMSNorm, SwiGLU, default_positions
 from path_jax.nn.taps import Tap
 from path_jax.parallel.sharding import constrain
+
+LMCache = tuple[State, ...]  # one state per layer
 
 
 @flax.struct.dataclass
@@ -22,7 +25,20 @@ class LMOutput:
 
     logits: Float[Array, "B T V"]  # float32
     hidden: Float[Array, "B T D"]  # after the final norm
-    cache: None = None  # decoding with a cache is not part of this version
+    cache: LMCache | None = None
+
+
+def make_mixer(config: ModelConfig, **module_options) -> nn.Module:
+    """The mixer of a layer."""
+    return MIXERS[config.mixer](
+        num_heads=config.num_heads,
+        num_kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        dtype=jnp.dtype(config.dtype),
+        implementation=config.implementation,
+        **config.mixer_options,
+        **module_options,
+    )
 
 
 class Block(nn.Module):
@@ -31,36 +47,38 @@ class Block(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B T D"], positions: Int[Array, "B T"], segment_ids: Int[Array, "B T"] | None):
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        positions: Int[Array, "B T"],
+        segment_ids: Int[Array, "B T"] | None,
+        cache: State | None = None,
+        lengths: Int[Array, "B"] | None = None,
+    ):
         config = self.config
         dtype = jnp.dtype(config.dtype)
         x = Tap(name="resid_pre")(constrain(x, "batch", "length", "embed"))
-        mixer = MIXERS[config.mixer](
-            name="mixer",
-            num_heads=config.num_heads,
-            num_kv_heads=config.num_kv_heads,
-            head_dim=config.head_dim,
-            dtype=dtype,
-            implementation=config.implementation,
-            **config.mixer_options,
-        )
+        mixer = make_mixer(config, name="mixer")
         y = Tap(name="mixer_in")(RMSNorm(config.norm_eps, name="mixer_norm")(x))
-        y, _ = mixer(y, positions=positions, segment_ids=segment_ids)
+        y, cache = mixer(y, positions=positions, segment_ids=segment_ids, cache=cache, lengths=lengths)
         x = x + Tap(name="mixer_out")(y)
         y = Tap(name="mlp_in")(RMSNorm(config.norm_eps, name="mlp_norm")(x))
         x = x + Tap(name="mlp_out")(SwiGLU(config.mlp_dim, dtype, name="mlp")(y))
-        return Tap(name="resid_post")(x), None
+        return Tap(name="resid_post")(x), cache
 
 
 class DecoderLM(nn.Module):
     """Decoder-only language model.
 
-    Call it as `DecoderLM(config).apply({"params": params}, tokens, positions=None, segment_ids=None)`.
+    Call it as `DecoderLM(config).apply({"params": params}, tokens, positions=None, segment_ids=None, cache=None,
+    lengths=None)`.
 
     Args:
       tokens: int [B, T] in [0, V).
       positions: int [B, T], used by rotary mixers; counted from the start of each document by default.
       segment_ids: int [B, T]: packed documents, 0 = padding.
+      cache: from `models.cache.init_cache` or an earlier call, whose tokens precede these; needs scan_layers=False.
+      lengths: int [B], with a cache: how many of a row's tokens are there, the others being padding behind them.
 
     Returns:
       LMOutput.
@@ -98,20 +116,24 @@ class DecoderLM(nn.Module):
         tokens: Int[Array, "B T"],
         positions: Int[Array, "B T"] | None = None,
         segment_ids: Int[Array, "B T"] | None = None,
-        cache=None,
+        cache: LMCache | None = None,
+        lengths: Int[Array, "B"] | None = None,
     ) -> LMOutput:
-        if cache is not None:
-            raise NotImplementedError("decoding with a cache is not part of this version; pass the whole sequence")
         if positions is None:
-            positions = default_positions(tokens, segment_ids)
+            positions = default_positions(tokens, segment_ids) + (0 if cache is None else cache[0].length[:, None])
         x = self.embed(tokens)
-        if self.config.scan_layers:
+        if not self.config.scan_layers:
+            states = []
+            for i, layer in enumerate(self.layers):
+                x, state = layer(x, positions, segment_ids, None if cache is None else cache[i], lengths)
+                states.append(state)
+            cache = None if cache is None else tuple(states)
+        elif cache is None:
             x, _ = self.layers(x, positions, segment_ids)
         else:
-            for layer in self.layers:
-                x, _ = layer(x, positions, segment_ids)
+            raise ValueError("a scan over layers would copy the cache in every step: decode with models.cache.unrolled")
         hidden = self.final_norm(x)
-        return LMOutput(self.unembed(hidden), hidden)
+        return LMOutput(self.unembed(hidden), hidden, cache)
 
     def unembed(self, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
         """Float32 logits of (normed) hidden states; a loss applies it chunk by chunk."""

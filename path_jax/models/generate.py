@@ -1,55 +1,59 @@
-"""Continuing token sequences, greedily or by sampling.
-
-Each new token costs a forward pass over the whole buffer: there is no cache of keys, and prompts of one batch have the
-same length.
-"""
+"""Continuing token sequences with a decode cache, greedily or by sampling."""
 
 import functools
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from path_jax.models.decoder_lm import DecoderLM
+from path_jax.models.cache import init_cache, unrolled
+from path_jax.models.decoder_lm import DecoderLM, LMCache
 
 
 def generate(
     model: DecoderLM,
     params: Mapping[str, Any],
-    prompt: Int[Array, "T"] | Int[Array, "B T"],
+    prompt: Int[Array, "T"] | Int[Array, "B T"] | Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
     temperature: float = 0.0,
     top_k: int | None = None,
     top_p: float | None = None,
     rng: jax.Array | None = None,
-    stop_token: int | None = None,
+    stop_token: int | Sequence[int] | None = None,
+    on_token: Callable[[Int[np.ndarray, "B"], Bool[np.ndarray, "B"]], Any] | None = None,
+    cache_dtype=None,
 ) -> Int[Array, "B S"]:
     """Continues every row of `prompt` by `max_new_tokens` tokens.
 
-    One compilation serves all calls with the same model, shapes and options; `rng` may change.
+    The prompt is read once; every new token then costs one step of the model. One compilation serves all calls with the
+    same model, shapes and options; `rng` and the lengths of the prompts may change.
 
     Args:
       model: The language model.
-      params: Its parameters.
-      prompt: Token ids in [0, V), at least one; int [T] or [B, T].
-      max_new_tokens: S - T, at least 1.
+      params: Its parameters, scanned or unrolled.
+      prompt: Token ids in [0, V), at least one per row; int [T] or [B, T], or B sequences of any lengths.
+      max_new_tokens: At least 1.
       temperature: Divides the logits before sampling, >= 0; 0 takes the likeliest token.
       top_k: Samples among the k likeliest tokens only (more where the k-th is tied).
       top_p: Samples among the fewest likeliest tokens that hold this much probability, in (0, 1], after `top_k`.
       rng: Key of `jax.random`, needed where temperature > 0.
-      stop_token: Ends a row once it is generated; the rest of the row is filled with it.
+      stop_token: One or more tokens that end a row once generated; the rest of the row is filled with the first.
+      on_token: Called with every step's tokens and with which rows run on, as soon as they are there; generation stops
+        where it returns True.
+      cache_dtype: Of cached keys and values; the model's compute dtype by default.
 
     Returns:
-      int32 [B, S]: the prompt and what follows it. A prompt [T] gives B = 1.
+      int32 [B, S], S the longest prompt + max_new_tokens: each row its prompt, what follows it, and where its prompt is
+      shorter, filling. A prompt [T] gives B = 1.
 
     Raises:
       ValueError: for an argument out of range.
     """
-    prompt = _checked_prompt(prompt, model.config.vocab_size)
+    tokens, lengths = _checked_prompt(prompt, model.config.vocab_size)
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
     if not temperature >= 0:
@@ -60,10 +64,47 @@ def generate(
         raise ValueError(f"top_k={top_k} must be at least 1")
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f"top_p={top_p} must be in (0, 1]")
-    if stop_token is not None and not 0 <= stop_token < model.config.vocab_size:
-        raise ValueError(f"stop_token={stop_token} must be in [0, vocab_size={model.config.vocab_size})")
+    stop_tokens = () if stop_token is None else tuple(int(token) for token in np.atleast_1d(stop_token))
+    for token in stop_tokens:
+        if not 0 <= token < model.config.vocab_size:
+            raise ValueError(f"stop_token={token} must be in [0, vocab_size={model.config.vocab_size})")
     rng = jax.random.key(0) if rng is None else rng
-    return _decode(model, params, prompt, rng, max_new_tokens, float(temperature), top_k, top_p, stop_token)
+
+    config, params = unrolled(model.config, params)
+    sampling = _Sampling(float(temperature), top_k, top_p, stop_tokens)
+    cache = init_cache(config, len(tokens), tokens.shape[1] + max_new_tokens, dtype=cache_dtype or config.dtype)
+    model = DecoderLM(config)
+    state = _prefill(model, params, tokens, lengths, cache, max_new_tokens)
+    steps = max_new_tokens if on_token is None else 1
+    for step in range(0, max_new_tokens, steps):
+        state = _decode(model, sampling, steps, params, state, rng)
+        if on_token is not None:
+            is_running = ~np.asarray(state.is_stopped)
+            if on_token(np.asarray(state.new[:, step]), is_running) or not is_running.any():
+                break
+    fill = stop_tokens[0] if stop_tokens else 0
+    out = np.full((len(tokens), tokens.shape[1] + max_new_tokens), fill, np.int32)
+    for row, (length, new) in enumerate(zip(lengths, np.asarray(state.new[:, : int(state.step)]))):
+        out[row, :length] = tokens[row, :length]
+        out[row, length : length + len(new)] = new
+    return jnp.asarray(out)
+
+
+class _Sampling(NamedTuple):
+    temperature: float
+    top_k: int | None
+    top_p: float | None
+    stop_tokens: tuple[int, ...]
+
+
+class _State(NamedTuple):
+    """Between two steps."""
+
+    cache: LMCache
+    logits: Array  # [B, V], of the next token
+    new: Array  # [B, max_new_tokens], tokens so far
+    is_stopped: Array  # [B]
+    step: Array  # tokens so far
 
 
 def restrict(logits: Float[Array, "B V"], top_k: int | None, top_p: float | None) -> Float[Array, "B V"]:
@@ -81,39 +122,49 @@ def restrict(logits: Float[Array, "B V"], top_k: int | None, top_p: float | None
     return logits
 
 
-@functools.partial(jax.jit, static_argnums=(0, 4, 5, 6, 7, 8))
-def _decode(model, params, prompt, rng, max_new_tokens, temperature, top_k, top_p, stop_token):
-    batch, length = prompt.shape
-    fill = 0 if stop_token is None else stop_token
-    buffer = jnp.pad(prompt, [(0, 0), (0, max_new_tokens)], constant_values=fill)
+@functools.partial(jax.jit, static_argnums=(0, 5), donate_argnums=4)
+def _prefill(model, params, tokens, lengths, cache, max_new_tokens):
+    out = model.apply({"params": params}, tokens, cache=cache, lengths=lengths)
+    last = jnp.take_along_axis(out.hidden, lengths[:, None, None] - 1, axis=1)[:, 0]
+    batch = len(tokens)
+    new = jnp.zeros((batch, max_new_tokens), jnp.int32)
+    logits = model.apply({"params": params}, last, method="unembed")
+    return _State(out.cache, logits, new, jnp.zeros(batch, bool), jnp.zeros((), jnp.int32))
 
-    def is_running(carry):
-        index, _, is_stopped = carry
-        return (index < length + max_new_tokens) & ~jnp.all(is_stopped)
 
-    def step(carry):
-        index, buffer, is_stopped = carry
-        # What the buffer holds from `index` on does not matter: the model is causal. Only one position is unembedded.
-        hidden = model.apply({"params": params}, buffer).hidden
-        last = jax.lax.dynamic_index_in_dim(hidden, index - 1, axis=1, keepdims=False)
-        logits = model.apply({"params": params}, last, method="unembed")
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=4)
+def _decode(model, sampling, num_steps, params, state, rng):
+    """Up to `num_steps` further tokens."""
+    temperature, top_k, top_p, stop_tokens = sampling
+    end = state.step + num_steps
+
+    def take_step(state):
         if temperature > 0:
-            logits = restrict(logits / temperature, top_k, top_p)
-            token = jax.random.categorical(jax.random.fold_in(rng, index - length), logits)
+            logits = restrict(state.logits / temperature, top_k, top_p)
+            token = jax.random.categorical(jax.random.fold_in(rng, state.step), logits)
         else:
-            token = jnp.argmax(logits, axis=-1)
-        token = jnp.where(is_stopped, fill, token).astype(buffer.dtype)
-        if stop_token is not None:
-            is_stopped = is_stopped | (token == stop_token)
-        return index + 1, jax.lax.dynamic_update_slice_in_dim(buffer, token[:, None], index, axis=1), is_stopped
+            token = jnp.argmax(state.logits, axis=-1)
+        token = jnp.where(state.is_stopped, stop_tokens[0] if stop_tokens else 0, token).astype(jnp.int32)
+        is_stopped = state.is_stopped | jnp.isin(token, jnp.array(stop_tokens, jnp.int32))
+        new = jax.lax.dynamic_update_slice_in_dim(state.new, token[:, None], state.step, axis=1)
+        lengths = jnp.where(is_stopped, 0, 1)
+        out = model.apply({"params": params}, token[:, None], cache=state.cache, lengths=lengths)
+        return _State(out.cache, out.logits[:, 0], new, is_stopped, state.step + 1)
 
-    return jax.lax.while_loop(is_running, step, (length, buffer, jnp.zeros(batch, bool)))[1]
+    return jax.lax.while_loop(lambda state: (state.step < end) & ~state.is_stopped.all(), take_step, state)
 
 
-def _checked_prompt(prompt, vocab_size: int) -> Int[np.ndarray, "B T"]:
-    array = np.asarray(prompt)
-    if array.dtype.kind not in "iu" or array.ndim not in (1, 2) or 0 in array.shape:
-        raise ValueError(f"prompt is {array.dtype} {list(array.shape)}; give at least one integer, [T] or [B, T]")
-    if array.min() < 0 or array.max() >= vocab_size:
-        raise ValueError(f"prompt has ids {array.min()} to {array.max()}; they must be in [0, vocab_size={vocab_size})")
-    return np.atleast_2d(array).astype(np.int32)
+def _checked_prompt(prompt, vocab_size: int) -> tuple[Int[np.ndarray, "B T"], Int[np.ndarray, "B"]]:
+    """Tokens, padded behind, and how many there are."""
+    is_ragged = isinstance(prompt, Sequence) and any(np.ndim(row) == 1 for row in prompt)
+    rows = [np.asarray(row) for row in prompt] if is_ragged else list(np.atleast_2d(np.asarray(prompt)))
+    for array in rows:
+        if array.dtype.kind not in "iu" or array.ndim != 1 or array.size == 0:
+            raise ValueError(f"prompt is {array.dtype} {list(array.shape)}; give at least one integer per row")
+        if array.min() < 0 or array.max() >= vocab_size:
+            raise ValueError(f"prompt has ids {array.min()} to {array.max()}; they must be in [0, {vocab_size=})")
+    lengths = np.array([len(row) for row in rows], np.int32)
+    tokens = np.zeros((len(rows), lengths.max(initial=1)), np.int32)
+    for row, array in enumerate(rows):
+        tokens[row, : len(array)] = array
+    return tokens, lengths

@@ -81,6 +81,18 @@ def causal_conv(x: Float[Array, "B T D"], kernel: Float[Array, "W D"], segment_i
     return sum(kernel[width - 1 - i] * shift(x, i, segment_ids) for i in range(width))
 
 
+def append(history: Float[Array, "B W *D"], x: Float[Array, "B T *D"], lengths: Int[Array, "B"]):
+    """Puts the last W tokens before new ones, of which row b has the first `lengths[b]`.
+
+    Returns:
+      The tokens [B, W + T, *D], and the last W of each row's.
+    """
+    joined = jnp.concatenate([history, x.astype(history.dtype)], axis=1)
+    index = lengths[:, None] + jnp.arange(history.shape[1])
+    index = index.reshape(*index.shape, *[1] * (x.ndim - 2))
+    return joined, jnp.take_along_axis(joined, index, axis=1)
+
+
 class ShortConv(nn.Module):
     """Depthwise causal convolution of `size` tokens followed by SiLU; no bias."""
 

@@ -143,11 +143,6 @@ def test_reference_equals_xla(mixer):
     assert_close(apply_to(reference)(mixer.params, inputs())[0], mixer(inputs()))
 
 
-def test_cache_is_refused(mixer):
-    with pytest.raises(NotImplementedError, match="cache"):
-        mixer.module.apply({"params": mixer.params}, inputs(), cache=())
-
-
 @pytest.mark.parametrize("name", ["path_fox", "fox pro"])
 def test_grouped_heads_share_keys(name):
     """Fewer key heads compute what as many key heads as queries do whose parameters are repeated in each group."""
@@ -260,3 +255,31 @@ def test_explicit_positions_reach_the_rotary_embedding():
 def test_unknown_names_are_errors(option):
     with pytest.raises(ValueError, match=f"{option}='sideways' is unknown; choose from"):
         ForgettingAttention(num_heads=2, **{option: "sideways"})
+
+
+def test_pieces_equal_the_whole(mixer):
+    """Ragged pieces and single steps, with rubbish in the padding; both rows pass a closed superchunk."""
+    length, width = 150, 40
+    x = inputs(length=length)
+    cache = mixer.module.init_state(2, length, WIDTH, superchunk=64)
+    starts, outputs, rng = np.zeros(2, int), np.zeros_like(x), np.random.default_rng(0)
+    for step in range(60):
+        lengths = np.minimum(rng.integers(0, 2 if step % 3 else width + 1, 2), length - starts)
+        piece = np.full((2, width, WIDTH), 9.0, np.float32)
+        for row in range(2):
+            piece[row, : lengths[row]] = x[row, starts[row] : starts[row] + lengths[row]]
+        out, cache = mixer.apply(mixer.params, piece, cache=cache, lengths=jnp.asarray(lengths))
+        for row in range(2):
+            outputs[row, starts[row] : starts[row] + lengths[row]] = out[row, : lengths[row]]
+        starts += lengths
+    assert (starts == length).all()
+    assert_close(outputs, mixer(x), 1e-4)
+
+
+def test_documents_and_lengths_do_not_mix():
+    mixer = build(VARIANTS["path"])
+    cache = mixer.module.init_state(2, LENGTH, WIDTH)
+    with pytest.raises(ValueError, match="instead of segment_ids"):
+        mixer.apply(mixer.params, inputs(), cache=cache, segment_ids=jnp.ones((2, LENGTH), jnp.int32))
+    with pytest.raises(ValueError, match="belong to a cache"):
+        mixer.apply(mixer.params, inputs(), lengths=jnp.ones(2, jnp.int32))

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from path_jax.models import DecoderLM, ModelConfig
+from path_jax.models.cache import init_cache
 from path_jax.models.decoder_lm import count_parameters
 from path_jax.models.stacking import stack_layers, unstack_layers
 from path_jax.nn.taps import BLOCK_TAPS, is_tap
@@ -159,9 +160,10 @@ def test_taps_of_every_layer_can_be_captured(scan_layers):
     assert set(layer["mixer"]) == {"q", "k", "v", "w", "beta", "log_forget", "conv_out"}
 
 
-def test_cache_is_refused():
-    with pytest.raises(NotImplementedError, match="cache"):
-        DecoderLM(tiny()).apply({"params": shapes_of(tiny())}, TOKENS, cache=())
+def test_a_scan_does_not_decode():
+    config = tiny()
+    with pytest.raises(ValueError, match="unrolled"):
+        jax.eval_shape(DecoderLM(config).apply, {"params": shapes_of(config)}, TOKENS, cache=init_cache(config, 1, 8))
 
 
 def test_count_parameters_of_the_real_tree():

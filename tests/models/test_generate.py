@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from path_jax.models import DecoderLM, ModelConfig
-from path_jax.models.generate import _decode, generate, restrict
+from path_jax.models.generate import _decode, _prefill, generate, restrict
 
 VOCAB = 23
 
@@ -35,6 +35,25 @@ def test_greedy_is_the_argmax_of_every_step(mixer):
     assert out.dtype == jnp.int32
 
 
+def test_prompts_of_one_batch_differ_in_length(trained):
+    prompts = [PROMPT[0, :2], PROMPT[1], PROMPT[2, :1]]
+    out = np.asarray(generate(*trained, prompts, max_new_tokens=6))
+    assert out.shape == (3, 11)
+    for row, prompt in zip(out, prompts):
+        alone = generate(*trained, prompt, max_new_tokens=6)
+        np.testing.assert_array_equal(row[: len(prompt) + 6], alone[0])
+
+
+def test_tokens_are_reported_as_they_come(trained):
+    reported = []
+    out = generate(*trained, PROMPT, max_new_tokens=6, on_token=lambda tokens, running: reported.append(tokens))
+    np.testing.assert_array_equal(out, generate(*trained, PROMPT, max_new_tokens=6))
+    np.testing.assert_array_equal(np.stack(reported, 1), out[:, 5:])
+    stopped = generate(*trained, PROMPT, max_new_tokens=6, on_token=lambda tokens, running: True)
+    np.testing.assert_array_equal(stopped[:, :6], out[:, :6])
+    assert not np.asarray(stopped[:, 6:]).any()
+
+
 def test_a_prompt_without_rows_is_one_row(trained):
     one, many = (generate(*trained, prompt, max_new_tokens=7) for prompt in (PROMPT[1], PROMPT))
     np.testing.assert_array_equal(one, many[1:2])
@@ -58,9 +77,9 @@ def test_another_key_does_not_compile_again(trained):
     model, params = trained
     sample = lambda seed: generate(model, params, PROMPT, max_new_tokens=4, temperature=0.7, rng=jax.random.key(seed))
     sample(0)
-    size = _decode._cache_size()
+    sizes = _prefill._cache_size(), _decode._cache_size()
     sample(1)
-    assert _decode._cache_size() == size
+    assert (_prefill._cache_size(), _decode._cache_size()) == sizes
 
 
 def test_rows_are_filled_after_their_stop_token(trained):
@@ -97,7 +116,7 @@ def test_restrict_keeps_the_likeliest():
         ({"top_p": 0.0}, "top_p=0.0"),
         ({"top_p": 1.5}, "top_p=1.5"),
         ({"stop_token": VOCAB}, "stop_token=23"),
-        ({"prompt": np.zeros((2, 0), int)}, r"prompt is int64 \[2, 0\]"),
+        ({"prompt": np.zeros((2, 0), int)}, "at least one integer per row"),
         ({"prompt": np.zeros(3)}, "prompt is float64"),
         ({"prompt": np.array([VOCAB])}, "prompt has ids 23"),
     ],

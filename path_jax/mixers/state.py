@@ -1,0 +1,52 @@
+"""What an attention mixer keeps between calls when it decodes."""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels import init_cache
+from pallas_kernels.cache import Cache
+
+
+class State(NamedTuple):
+    """One layer's state; row b of every array belongs to row b of the batch, but for pages of the cache's pool."""
+
+    attention: Cache
+    history: Mapping[str, Array]  # name of a short convolution or shift: its last inputs [B, W, ...]
+
+    @property
+    def length(self) -> Int[Array, "B"]:
+        """Tokens seen."""
+        return self.attention.length
+
+
+def init_state(
+    batch: int, max_length: int, *, histories: Mapping[str, tuple[int, ...]], dtype, **cache_options
+) -> State:
+    """State before the first token.
+
+    Args:
+      histories: shape [W, ...] of each history.
+      dtype: of keys, values and histories.
+      **cache_options: see `pallas_kernels.init_cache`.
+    """
+    dtype = jnp.float32 if dtype is None else dtype
+    history = {name: jnp.zeros((batch, *shape), dtype) for name, shape in histories.items()}
+    return State(init_cache(batch, max_length, dtype=dtype, **cache_options), history)
+
+
+def lengths_of(x: Float[Array, "B T D"], state: State | None, segment_ids, lengths) -> Int[Array, "B"] | None:
+    """How many of each row's tokens a call with a state appends: `lengths`, or all; None for a call without one.
+
+    Raises:
+      ValueError: where packed documents meet a state, or lengths do without.
+    """
+    if state is None:
+        if lengths is not None:
+            raise ValueError("lengths belong to a cache; without one, padding has segment id 0")
+        return None
+    if segment_ids is not None:
+        raise ValueError("with a cache every row is one document: pass lengths instead of segment_ids")
+    return jnp.full(x.shape[0], x.shape[1], jnp.int32) if lengths is None else lengths
