@@ -7,14 +7,15 @@ superchunks one after the other, the queries carried through each of them in tur
 
 import dataclasses
 import functools
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels import dispatch, interpreter
 from pallas_kernels.blockwise import pruning
+from pallas_kernels.blockwise.pages import Softmax, logits_of
 from pallas_kernels.cache import Cache, OpenSuperchunk
 from pallas_kernels.call import Inputs, Options, make_call
 from pallas_kernels.householder import BLOCK_SIZE, block_transform
@@ -36,6 +37,7 @@ def extend(
     gate_scale: float = 1.0,
     window: int | None = None,
     prune: float | str | None = None,
+    implementation: str | None = None,
 ) -> tuple[Float[Array, "B T N Hv"], Cache]:
     """Appends T >= 1 tokens to every row and attends from them to all tokens up to each.
 
@@ -47,6 +49,7 @@ def extend(
       q, k, v, w, beta, log_forget, scale, gate_scale, window, prune: as in `path_attention` and `forgetting_attention`;
         the same of them must be given in every call. Closed superchunks that pruning rules out are not read.
       lengths: how many of a row's T tokens are there; the others are padding behind them. All by default.
+      implementation: of the attention to closed superchunks: "xla", "tpu", or None for the best on the platform.
 
     Returns:
       o [B, T, N, Hv] in q's dtype, 0 in padding; NaN in rows that have outgrown the cache or have no page to write to.
@@ -60,7 +63,10 @@ def extend(
         segment_ids=None, scale=scale, gate_scale=gate_scale, window=window, prune=prune,
     )  # fmt: skip
     lengths = _check(cache, call.inputs, lengths)
-    options = call.options if window is None else _with_window(call.options, window)
+    dispatch.check_pages(implementation, cache.k.dtype)
+    # `make_call` takes a window longer than the call for none.
+    window = None if window is None else int(window)
+    options = dataclasses.replace(call.options, window=window, interpret=interpreter.active_mode())
     has_outgrown = cache.length + lengths > cache.max_length
     reach = cache.superchunk if cache.open is None else BLOCK_SIZE  # a round ends where a block or a page does
     width = min(q.shape[1], reach)
@@ -70,7 +76,7 @@ def extend(
         cache, out, done = carry
         count = jnp.minimum(lengths - done, reach - cache.length % reach)
         tokens = jax.tree.map(lambda x: _rows(x, done, width), call.inputs)
-        part, cache = _extend_round(cache, tokens, jnp.clip(count, 0, width), options)
+        part, cache = _extend_round(cache, tokens, jnp.clip(count, 0, width), options, implementation)
         return cache, _put_rows(out, part, done, count), done + jnp.clip(count, 0, width)
 
     out = jnp.zeros((*q.shape[:3], v.shape[3]), q.dtype)
@@ -106,11 +112,6 @@ def _check(cache, inputs, lengths):
     return lengths.astype(jnp.int32)
 
 
-def _with_window(options: Options, window: int) -> Options:
-    """A window is longer than a call may be, which `make_call` takes for none."""
-    return dataclasses.replace(options, window=int(window))
-
-
 def _rows(x, start, count):
     """[B, T, ...] -> [B, count, ...], `count` tokens of each row from its `start` on; past the end the last one."""
     index = jnp.minimum(start[:, None] + jnp.arange(count), x.shape[1] - 1)
@@ -130,23 +131,7 @@ def _heads(x, groups):
     return jnp.moveaxis(x, 1, 3)
 
 
-class _Softmax(NamedTuple):
-    """A softmax in progress over some of the keys."""
-
-    maximum: Float[Array, "B K G t"]
-    total: Float[Array, "B K G t"]
-    out: Float[Array, "B K G t Hv"]
-
-    def add(self, logits: Float[Array, "B K G t S"], v: Float[Array, "B K S Hv"]):
-        """With further keys; invisible ones have the logit -inf."""
-        maximum = jnp.maximum(self.maximum, logits.max(-1))
-        safe = jnp.where(jnp.isneginf(maximum), 0, maximum)
-        p, decay = jnp.exp(logits - safe[..., None]), jnp.exp(self.maximum - safe)
-        out = jnp.einsum("bkgts,bksh->bkgth", p.astype(v.dtype), v, preferred_element_type=p.dtype)
-        return _Softmax(maximum, decay * self.total + p.sum(-1), decay[..., None] * self.out + out)
-
-
-def _extend_round(cache: Cache, x: Inputs, count, options: Options):
+def _extend_round(cache: Cache, x: Inputs, count, options: Options, implementation):
     """`extend` by the first `count` of t tokens, which end no later than the open block (PaTH) or page (FoX)."""
     batch, width, num_heads, _ = x.q.shape
     groups, superchunk = num_heads // x.k.shape[2], cache.superchunk
@@ -159,35 +144,31 @@ def _extend_round(cache: Cache, x: Inputs, count, options: Options):
     dtype = cache.key_norm.dtype
     q = _heads(x.q.astype(dtype) * options.scale, groups)
     if cache.open is None:
-        logits = _dot(q, cache.k[page_id])
+        logits = logits_of(q, cache.k[page_id])
     else:
         q, logits = _own_superchunk(cache.open, q, offset, count)
     position, key = offset[:, None] + jnp.arange(width), jnp.arange(superchunk)
-    inside = None  # the queries' gate sums since the page's start
+    gate = inside = None
     if cache.gate is not None:
-        gate = options.gate_scale * cache.gate[page_id].reshape(batch, -1, groups, superchunk)
-        inside = jnp.take_along_axis(gate, jnp.minimum(position, superchunk - 1)[:, None, None], axis=3)
-        logits += inside[..., None] - gate[:, :, :, None]
+        gate = cache.gate.reshape(*cache.k.shape[:2], groups, superchunk)
+        inside = jnp.take_along_axis(gate[page_id], jnp.minimum(position, superchunk - 1)[:, None, None], axis=3)
+        logits += options.gate_scale * (inside[..., None] - gate[page_id][:, :, :, None])
     is_visible = key <= position[..., None]
     if options.window is not None:
         is_visible &= position[..., None] - key < options.window
-    state = _Softmax(
-        jnp.full(q.shape[:4], -jnp.inf, dtype),
-        jnp.zeros(q.shape[:4], dtype),
-        jnp.zeros((*q.shape[:4], x.v.shape[3]), dtype),
-    )
+    state = Softmax.over_nothing(q.shape[:4], x.v.shape[3], dtype)
     state = state.add(jnp.where(is_visible[:, None, None], logits, -jnp.inf), cache.v[page_id])
-    state = _earlier_pages(cache, state, q, page, position, inside, options)
-    out = jnp.moveaxis(state.out / state.total[..., None], 3, 1).reshape(batch, width, num_heads, -1)
+    if cache.table.shape[1] > 1:
+        pages, needed = _needed_pages(cache, q, gate, inside, position, page, page_id, options)
+        out, lse = dispatch.attend_pages(
+            implementation, q, cache.k, cache.v, cache.products, gate, inside, position, pages, needed,
+            gate_scale=options.gate_scale, window=options.window, interpret=options.interpret,
+        )  # fmt: skip
+        state = state.merge(out, lse)
+    out = jnp.moveaxis(state.result()[0], 3, 1).reshape(batch, width, num_heads, -1)
     out = jnp.where((jnp.arange(width) < count[:, None])[..., None, None], out, 0)
     out = jnp.where((page_id < cache.k.shape[0])[:, None, None, None], out, jnp.nan)
     return out, cache._replace(length=cache.length + count)
-
-
-def _dot(q, k):
-    """Logits of [B, K, G, t, H] and [B, K, S, H], in the precision of k, accumulated in that of q."""
-    precision = jax.lax.Precision.HIGHEST if k.dtype == q.dtype else None
-    return jnp.einsum("bkgth,bksh->bkgts", q.astype(k.dtype), k, precision=precision, preferred_element_type=q.dtype)
 
 
 def _store(cache, x, page_id, offset, count):
@@ -266,52 +247,26 @@ def _own_superchunk(state: OpenSuperchunk, q, offset, count):
     return jax.lax.fori_loop(0, last + 1, visit, (q, logits))
 
 
-def _earlier_pages(cache, state, q, page, position, inside, options):
-    """Adds closed superchunks, the nearest first; `q` are in the frame of the open superchunk's start."""
-    batch, _, groups, _, _ = q.shape
-    superchunk, key = cache.superchunk, jnp.arange(cache.superchunk)
-    query_norm = options.scale and jnp.linalg.norm(q, axis=-1).max(3) / abs(
-        options.scale
-    )  # reflections do not lengthen
-    own_page = jnp.take_along_axis(cache.table, page[:, None], axis=1, mode="clip")[:, 0]
-
-    def visit(i, carry):
-        state, q, between = carry
-        p = last - i
-        page_id, is_earlier = cache.table[:, p], p < page
-        needed = is_earlier[:, None, None]
-        gate = None
-        if cache.gate is not None:
-            gate = options.gate_scale * cache.gate[page_id].reshape(batch, -1, groups, superchunk)
-        if options.prune_mass is not None:
-            reach = (cache.key_norm[page_id] + cache.key_norm[own_page])[..., None]
-            needed &= pruning.may_carry(
-                query_norm, reach, inside[..., 0] + between,
-                scale=1.0, mass=options.prune_mass, num_keys=cache.max_length,
-            )  # fmt: skip
-        distance = (page[:, None] - p) * superchunk + position  # [B, t], from the page's first key
-        if options.window is not None:
-            needed &= (distance[:, 0] - superchunk < options.window - 1)[:, None, None]
-
-        def attend(state):
-            logits = _dot(q, cache.k[page_id])
-            if gate is not None:
-                logits += (inside + between[..., None])[..., None] + (gate[..., -1:] - gate)[:, :, :, None]
-            is_visible = needed[..., None, None]
-            if options.window is not None:
-                is_visible &= (distance[..., None] - key < options.window)[:, None, None]
-            return state.add(jnp.where(is_visible, logits, -jnp.inf), cache.v[page_id])
-
-        state = jax.lax.cond(needed.any(), attend, lambda state: state, state)
-        if cache.products is not None:
-            moved = _einsum("bkgth,bkhi->bkgti", q, cache.products[page_id])
-            q = jnp.where(is_earlier[:, None, None, None, None], moved, q)
-        if gate is not None:
-            between = between + jnp.where(is_earlier[:, None, None], gate[..., -1], 0)
-        return state, q, between
-
-    last = page.max() - 1
-    return jax.lax.fori_loop(0, last + 1, visit, (state, q, jnp.zeros(q.shape[:3], q.dtype)))[0]
+def _needed_pages(cache, q, gate, inside, position, page, page_id, options):
+    """Pages of closed superchunks [B, P], nearest first, and which of them each key head needs [B, K, P]."""
+    steps = jnp.arange(cache.table.shape[1] - 1)
+    earlier = page[:, None] - 1 - steps
+    pages = jnp.take_along_axis(cache.table, jnp.maximum(earlier, 0), axis=1)
+    needed = jnp.broadcast_to((earlier >= 0)[:, None], (len(page), cache.k.shape[1], len(steps)))
+    if options.window is not None:
+        nearest_key = position[:, :1] + steps * cache.superchunk + 1  # its distance from the first query
+        needed &= (nearest_key < options.window)[:, None]
+    if options.prune_mass is not None:
+        totals = jnp.moveaxis(gate[pages, ..., -1], 1, 3)  # [B, K, G, P]
+        between = jnp.cumsum(jnp.pad(totals[..., :-1], [(0, 0)] * 3 + [(1, 0)]), axis=3)
+        norms = jnp.moveaxis(cache.key_norm[pages], 1, 2) + cache.key_norm[page_id][..., None]  # [B, K, P]
+        needed &= pruning.may_carry(
+            jnp.linalg.norm(q, axis=-1).max(3)[..., None],  # scaled; reflections do not lengthen
+            norms[:, :, None],
+            options.gate_scale * (inside[..., :1] + between),
+            scale=1.0, mass=options.prune_mass, num_keys=cache.max_length,
+        ).any(2)  # fmt: skip
+    return pages, needed
 
 
 def _close(cache: Cache, page_id, offset, count):

@@ -10,7 +10,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.blockwise import reference, xla_operation
+from pallas_kernels.blockwise import pages, reference, xla_operation
+from pallas_kernels.blockwise.tpu import decode as tpu_decode
 from pallas_kernels.blockwise.tpu import operation as tpu_operation
 from pallas_kernels.blockwise.tpu import tuning
 from pallas_kernels.call import AttentionCall, Inputs, Options
@@ -92,3 +93,28 @@ def _functions(candidates, direction, options):
     keep = candidates[0] == "tpu" and (len(candidates) == 1 or tuning.is_tpu_expected())
     options = dataclasses.replace(options, keep_versions=keep)
     return [functools.partial(getattr(_OPERATIONS[name], direction), options) for name in candidates]
+
+
+def check_pages(implementation: str | None, dtype) -> None:
+    """Raises like `choose`, for the attention of decode steps to a cache of `dtype`."""
+    if implementation not in (None, "xla", "tpu"):
+        raise ValueError(f"{implementation=} is unknown; choose from tpu, xla or None")
+    if implementation == "tpu" and not _tpu_reads(dtype):
+        raise NotImplementedError(f"tpu: the cache must be bfloat16 or float32, got {dtype}")
+
+
+def _tpu_reads(dtype):
+    return dtype in (jnp.bfloat16, jnp.float32)
+
+
+def attend_pages(implementation: str | None, *arguments, interpret, **options):
+    """`pages.attend_pages` by the named implementation, or by the best for the platform that is compiled for."""
+    in_xla = functools.partial(pages.attend_pages, **options)
+    if implementation == "xla" or not _tpu_reads(arguments[1].dtype):
+        return in_xla(*arguments)
+    in_kernel = functools.partial(
+        tpu_decode.attend_pages, **options, vmem_limit=tuning.chip().vmem, interpret=interpret
+    )
+    if implementation == "tpu":
+        return in_kernel(*arguments)
+    return jax.lax.platform_dependent(*arguments, tpu=in_kernel, default=in_xla)
