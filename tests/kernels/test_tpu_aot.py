@@ -55,6 +55,21 @@ def test_compiles(variant, chip):
     assert compiled["hlo"].count("tpu_custom_call") >= 2
 
 
+DECODE = {
+    "path_fox": {"op": "path_fox"},
+    "path_fox, chunk": {"op": "path_fox", "tokens": 256, "N": 8, "K": 2},
+    "path, H 64, float32": {"op": "path", "H": 64, "dtype": "float32"},
+    "fox, window, prune": {"op": "fox", "K": 2, "options": {"window": 3000, "prune": "auto"}},
+}
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize("variant", DECODE)
+def test_decode_compiles(variant, chip):
+    compiled = compile_case("benchmarks.tpu_cases:decode", chip, {"T": 8192} | DECODE[variant], None)
+    assert compiled["hlo"].count("tpu_custom_call") >= 1
+
+
 COUNTED = [
     Cell(chip, 4096, 128, 8, op, direction)
     for chip in ("v5e", "v5p", "v6e")
