@@ -21,7 +21,7 @@ def attend(call: AttentionCall, implementation: str | None, return_lse: bool):
     if candidates == ("reference",):
         out, lse = reference.attention(options, inputs)
     else:
-        out, lse = _attend(candidates, options, inputs)
+        out, lse = _compiled(candidates, options, inputs)
     out = out.astype(inputs.q.dtype)
     return (out, lse) if return_lse else out
 
@@ -42,3 +42,5 @@ def _attend_bwd(candidates, options, residuals, cotangents):
 
 
 _attend.defvjp(_attend_fwd, _attend_bwd)
+# Outside of `jax.jit` one program, rather than hundreds for one operation each.
+_compiled = jax.jit(_attend, static_argnums=(0, 1), inline=True)
