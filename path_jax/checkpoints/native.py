@@ -87,6 +87,12 @@ def read_config(workdir: Path) -> dict:
     return _reading(path, lambda: json.loads(path.read_text()))
 
 
+def save_params(workdir: Path, params) -> None:
+    """Writes parameters alone, as step 0 of a run directory."""
+    with ocp.CheckpointManager(Path(workdir).absolute() / "checkpoints") as manager:
+        manager.save(0, args=ocp.args.Composite(state=ocp.args.StandardSave({"params": params})))
+
+
 def restore_params(workdir: Path, abstract_params, step: int | None = None):
     """Parameters alone, from the given or the last complete step.
 

@@ -44,6 +44,7 @@ class ForgettingAttention(nn.Module):
       output_norm: RMS norm of each output head; output_gate: multiplies the output by sigmoid(output_gate_proj x).
       rope_theta: base of the rotary embedding, applied after the norm; None for none.
       norm_eps: of the output norm.
+      qkv_bias, o_bias: biases of the query, key and value projections, and of the output projection.
       window, prune, gate_scale, implementation: see pallas_kernels.forgetting_attention.
       dtype: compute dtype, the input's by default; the gate is float32 always.
 
@@ -61,6 +62,8 @@ class ForgettingAttention(nn.Module):
     output_gate: bool = False
     rope_theta: float | None = None
     norm_eps: float = 1e-6
+    qkv_bias: bool = False
+    o_bias: bool = False
     window: int | None = None
     prune: float | str | None = None
     gate_scale: float = 1.0
@@ -90,9 +93,9 @@ class ForgettingAttention(nn.Module):
         head_dim = self.head_dim or x.shape[-1] // self.num_heads
         heads = lambda y: y.reshape(*y.shape[:2], -1, head_dim)
 
-        q = heads(linear(self.num_heads * head_dim, "q_proj", dtype=dtype)(x))
-        k = heads(linear(num_kv_heads * head_dim, "k_proj", dtype=dtype)(x))
-        v = heads(linear(num_kv_heads * head_dim, "v_proj", dtype=dtype)(x))
+        q = heads(linear(self.num_heads * head_dim, "q_proj", dtype=dtype, use_bias=self.qkv_bias)(x))
+        k = heads(linear(num_kv_heads * head_dim, "k_proj", dtype=dtype, use_bias=self.qkv_bias)(x))
+        v = heads(linear(num_kv_heads * head_dim, "v_proj", dtype=dtype, use_bias=self.qkv_bias)(x))
         if self.kv_shift:
             amount = lambda name: nn.sigmoid(linear(num_kv_heads, name, dtype=dtype)(x).astype(jnp.float32))
             k = token_shift(k, amount("k_shift_proj"), segment_ids)
@@ -116,7 +119,7 @@ class ForgettingAttention(nn.Module):
         out = out.reshape(*x.shape[:2], -1)
         if self.output_gate:
             out *= nn.sigmoid(linear(out.shape[-1], "output_gate_proj", dtype=dtype)(x))
-        return linear(x.shape[-1], "o_proj", dtype=dtype)(out), None
+        return linear(x.shape[-1], "o_proj", dtype=dtype, use_bias=self.o_bias)(out), None
 
     def _log_forget(self, x, dtype):
         if self.gate == "none":
