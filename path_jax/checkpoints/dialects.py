@@ -112,9 +112,7 @@ def _write_fla_fox(config, mixer):
 
 
 def _read_fox(raw):
-    is_shared, has_shift = (
-        _get(raw, key, bool) for key in ("qk_norm_share_param_across_head", "use_k_shift")
-    )
+    is_shared, has_shift = (_get(raw, key, bool) for key in ("qk_norm_share_param_across_head", "use_k_shift"))
     if _get(raw, "use_v_shift", bool) != has_shift:
         raise ValueError("config.json: use_k_shift and use_v_shift differ; they are supported together only")
     options = dict(
@@ -153,7 +151,9 @@ def _read_llama(raw):
             raise ValueError(f"config.json: {key} must be an object")
         kind = rope.get("rope_type", rope.get("type", "default"))
         if kind != "default" or rope.get("partial_rotary_factor", 1) != 1:
-            raise ValueError(f"config.json: {key} {str(dict(rope))[:200]} is not supported; only rope_type 'default' is")
+            raise ValueError(
+                f"config.json: {key} {str(dict(rope))[:200]} is not supported; only rope_type 'default' is"
+            )
         thetas |= {_get(rope, "rope_theta", float)} if "rope_theta" in rope else set()
     if len(thetas) > 1:
         raise ValueError(f"config.json: rope_theta is given as {sorted(thetas)}; it must be one number")
@@ -233,8 +233,8 @@ DIALECTS = {
         | dict(fgate_type="full", rope_base=500000.0),
         fixed=_FLA_FIXED
         | dict(
-            fgate_type=("full", "bias_only", "none"), num_kv_heads=(None,), window_size=(None,), attention_bias=(False,),
-            ogate_act=("sigmoid",),
+            fgate_type=("full", "bias_only", "none"), num_kv_heads=(None,), window_size=(None,),
+            attention_bias=(False,), ogate_act=("sigmoid",),
         ),
     ),
     "llama": Dialect(
@@ -258,7 +258,8 @@ DIALECTS = {
             num_key_value_heads=None, head_dim=None, tie_word_embeddings=False, rms_norm_eps=1e-6, attention_bias=False
         ),
         fixed=dict(
-            hidden_act=("silu", "swish"), mlp_bias=(False,), partial_rotary_factor=(None, 1), quantization_config=(None,)
+            hidden_act=("silu", "swish"), mlp_bias=(False,), partial_rotary_factor=(None, 1),
+            quantization_config=(None,),
         ),
     ),
     "gpt2": Dialect(

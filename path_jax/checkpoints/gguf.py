@@ -58,10 +58,14 @@ class GgufFile(contextlib.AbstractContextManager):
             self._reader = gguf.GGUFReader(path)
         # The reader indexes a memory map without checks, so damage surfaces as any of these.
         except (ValueError, IndexError, KeyError, OverflowError, TypeError, MemoryError) as error:
-            raise ValueError(f"{path} is truncated or malformed ({type(error).__name__}: {str(error)[:200]})") from error
+            raise ValueError(
+                f"{path} is truncated or malformed ({type(error).__name__}: {str(error)[:200]})"
+            ) from error
         architecture = self._get("general.architecture")
         if architecture != _ARCHITECTURE:
-            raise ValueError(f"{path} holds the architecture {str(architecture)[:100]!r}; {_ARCHITECTURE!r} is supported")
+            raise ValueError(
+                f"{path} holds the architecture {str(architecture)[:100]!r}; {_ARCHITECTURE!r} is supported"
+            )
         self._tensors = {tensor.name: tensor for tensor in self._reader.tensors}
         self.stored = {
             name: (

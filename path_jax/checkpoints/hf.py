@@ -26,7 +26,6 @@ from path_jax.checkpoints.names import (
     check_stored,
     export_params,
     import_params,
-    parameter_shapes,
     tensors_of,
 )
 from path_jax.checkpoints.native import restore_params, save_params, write_config
@@ -104,7 +103,8 @@ def save_pretrained(
     """
     with new_directory(Path(path)) as directory:
         if format == "native":
-            write_config(directory, {**(extra or {}), "model": dataclasses.asdict(config)})
+            model = {**dataclasses.asdict(config), "mixer_options": dict(config.mixer_options)}
+            write_config(directory, {**(extra or {}), "model": model})
             save_params(directory, params)
             return
         params = unstack_layers(params) if config.scan_layers else params

@@ -31,7 +31,7 @@ OPS = {
     "copy": Op(lambda x, _: x, lambda x, _: x),
     "transpose": Op(lambda x, _: x.T, lambda x, _: x.T),  # [out, in] of torch.nn.Linear; ours is [in, out]
     "conv": Op(lambda x, _: x[:, 0].T, lambda x, _: x.T[:, None]),  # [C, 1, W], taps oldest first; ours is [W, C]
-    # GGUF turns neighbouring pairs of a head's rows, we turn its halves: [heads, H/2, 2, in] against [heads, 2, H/2, in].
+    # GGUF turns neighbouring pairs of a head's rows, we turn its halves: [heads, H/2, 2, in] and [heads, 2, H/2, in].
     "rotary_rows": Op(
         lambda x, h: x.reshape(-1, h // 2, 2, x.shape[1]).swapaxes(1, 2).reshape(x.shape).T,
         lambda x, h: x.T.reshape(-1, 2, h // 2, x.shape[0]).swapaxes(1, 2).reshape(x.shape[::-1]),
@@ -204,7 +204,9 @@ def tensors_of(config: ModelConfig, table: str) -> list[Tensor]:
     return tensors
 
 
-def check_stored(where: Any, tensors: Iterable[Tensor], stored: Mapping[str, tuple[tuple[int, ...], str | None]]) -> None:
+def check_stored(
+    where: Any, tensors: Iterable[Tensor], stored: Mapping[str, tuple[tuple[int, ...], str | None]]
+) -> None:
     """Compares what a checkpoint holds with what a model needs.
 
     Args:

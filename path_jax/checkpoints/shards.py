@@ -44,7 +44,9 @@ class TensorFiles(contextlib.ExitStack):
         header = _read_header(path)
         if expected is not None and expected != set(header):
             difference = sorted(expected ^ set(header))
-            raise ValueError(f"{path} and {_INDEX} disagree about {len(difference)} tensors, such as {difference[0][:200]}")
+            raise ValueError(
+                f"{path} and {_INDEX} disagree about {len(difference)} tensors, such as {difference[0][:200]}"
+            )
         self.stored |= header
         self._files |= dict.fromkeys(header, path)
 

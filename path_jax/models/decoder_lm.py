@@ -116,7 +116,9 @@ class DecoderLM(nn.Module):
         x = self.embed(tokens)
         if num_positions := self.config.num_positions:
             if tokens.shape[1] > num_positions:
-                raise ValueError(f"{tokens.shape[1]} tokens are more than the model's {num_positions} learned positions")
+                raise ValueError(
+                    f"{tokens.shape[1]} tokens are more than the model's {num_positions} learned positions"
+                )
             x += self.position_embed(positions)
         if self.config.scan_layers:
             x, _ = self.layers(x, positions, segment_ids)
