@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from rich.console import Console
 from rich.progress import Progress
 
@@ -148,6 +149,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
 def main(arguments: list[str]) -> None:
     """Prints the largest difference of a logit; exits with one line and status 1 for input that cannot work."""
     options = _parse(arguments)
+    logging.set_verbosity(logging.ERROR)  # Orbax warns about metadata that parameters alone do not have
     try:
         console = Console(stderr=True)
         with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:

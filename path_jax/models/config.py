@@ -101,8 +101,8 @@ class ModelConfig:
         """Model FLOPs of a training step per token, with causal accounting.
 
         Six per parameter that multiplies (an untied embedding and learned positions are look-ups), plus twelve N H per
-        visible key and layer, of which there are (T + 1) / 2 on average. What an algorithm adds (PaTH's linear stage, rematerialisation) does
-        not count.
+        visible key and layer, of which there are (T + 1) / 2 on average. What an algorithm adds (PaTH's linear stage,
+        rematerialisation) does not count.
         """
         looked_up = (0 if self.tie_embeddings else self.vocab_size) + (self.num_positions or 0)
         multiplying = num_parameters - looked_up * self.embed_dim
