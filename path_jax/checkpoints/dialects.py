@@ -62,7 +62,7 @@ def _get(raw: Mapping[str, Any], key: str, kind: type, optional: bool = False) -
     if kind is bool and isinstance(value, bool):
         return value
     expected = {int: "a positive integer", float: "a positive number", bool: "true or false"}[kind]
-    raise ValueError(f"config.json: {key} is {str(value)[:100]!r}; it must be {expected}")
+    raise ValueError(f"config.json: {key} is {repr(value)[:100]}; it must be {expected}")
 
 
 def _gated_width(raw: Mapping[str, Any]) -> int:
@@ -297,7 +297,7 @@ def find_dialect(raw: Mapping[str, Any]) -> Dialect:
     """
     model_type = raw.get("model_type")
     if not isinstance(model_type, str) or model_type not in DIALECTS:
-        raise ValueError(f"config.json: model_type {str(model_type)[:100]!r} is not one of {', '.join(DIALECTS)}")
+        raise ValueError(f"config.json: model_type {repr(model_type)[:100]} is not one of {', '.join(DIALECTS)}")
     return DIALECTS[model_type]
 
 
@@ -312,7 +312,7 @@ def read_dialect(raw: Mapping[str, Any]) -> ModelConfig:
     for key, allowed in dialect.fixed.items():
         if key in raw and raw[key] not in allowed:
             raise ValueError(
-                f"config.json: {key}={str(raw[key])[:100]!r} is not supported; it must be "
+                f"config.json: {key}={repr(raw[key])[:100]} is not supported; it must be "
                 f"{' or '.join(repr(value) for value in allowed)}"
             )
     optional = {key for key, value in dialect.defaults.items() if value is None}

@@ -34,6 +34,7 @@ from path_jax.models import DecoderLM, ModelConfig
 from path_jax.models.stacking import unstack_layers
 from path_jax.parallel.sharding import parameter_spec, tree_shardings
 
+_MAX_LISTED_LAYERS = 1000  # the tensors of so many are listed for an error message
 _MAX_SHARD_BYTES = 5 * 10**9
 Placement = jax.sharding.Mesh | jax.sharding.Sharding | None
 
@@ -156,7 +157,7 @@ def _check_tied(path: Path, embedding: np.ndarray, head: np.ndarray) -> None:
 
 def _tensors(path: Path, config: ModelConfig, table: str, num_stored: int) -> list[Tensor]:
     """The foreign tensors of a model; a configuration with absurdly many layers is refused before they are listed."""
-    if config.num_layers > num_stored:
+    if config.num_layers > max(num_stored, _MAX_LISTED_LAYERS):
         raise ValueError(f"{path}: the configuration has {config.num_layers} layers, the files {num_stored} tensors")
     return tensors_of(config, table)
 
