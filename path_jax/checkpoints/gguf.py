@@ -5,6 +5,9 @@ embeddings, files in several parts, writing.
 """
 
 import contextlib
+import math
+import mmap
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -51,13 +54,11 @@ class GgufFile(contextlib.AbstractContextManager):
         self._path = path
         if not path.is_file():
             raise FileNotFoundError(f"there is no file {path}")
-        with path.open("rb") as file:
-            if file.read(4) != b"GGUF":
-                raise ValueError(f"{path} is not a GGUF file")
+        _check_header(path)
         try:
             self._reader = gguf.GGUFReader(path)
-        # The reader indexes a memory map without checks, so damage surfaces as any of these.
-        except (ValueError, IndexError, KeyError, OverflowError, TypeError, MemoryError) as error:
+        # The reader checks little, so what is left of damage surfaces as any of these.
+        except (ValueError, IndexError, KeyError, ArithmeticError, TypeError) as error:
             raise ValueError(
                 f"{path} is truncated or malformed ({type(error).__name__}: {str(error)[:200]})"
             ) from error
@@ -115,3 +116,92 @@ class GgufFile(contextlib.AbstractContextManager):
         """Returns the arguments of `path_jax.data.tokenizer.vocabulary_tokenizer`, or None if the file has none."""
         values = {key: self._get(name) for key, name in _VOCABULARY.items()}
         return None if values["tokens"] is None else values
+
+
+# Bytes of a metadata value by its type: integers, floats and booleans. 8 is a string, 9 an array.
+_VALUE_SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
+_STRING, _ARRAY = 8, 9
+
+
+class _Cursor:
+    """A position in a file's bytes that cannot leave them."""
+
+    def __init__(self, data: mmap.mmap):
+        self._data, self.position = data, 0
+
+    def skip(self, size: int) -> int:
+        """Moves on by `size` bytes and returns where it was.
+
+        Raises:
+          ValueError: if the file ends before.
+        """
+        start = self.position
+        if size > len(self._data) - start:
+            raise ValueError(f"{size} bytes at {start} are more than the file has")
+        self.position = start + size
+        return start
+
+    def integers(self, layout: str) -> tuple[int, ...]:
+        """Reads little-endian integers: I of 4 bytes, Q of 8."""
+        return struct.unpack_from("<" + layout, self._data, self.skip(struct.calcsize("<" + layout)))
+
+    def string(self) -> bytes:
+        """Reads a string."""
+        (size,) = self.integers("Q")
+        start = self.skip(size)
+        return self._data[start : start + size]
+
+
+def _check_header(path: Path) -> None:
+    """Walks metadata and tensor list, since the gguf package follows any length that a file states, even 2^60.
+
+    Raises:
+      ValueError: if a length, an offset or a number of dimensions does not fit the file, or a name is there twice.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        if file.read(4) != b"GGUF":
+            raise ValueError(f"{path} is not a GGUF file ({size} bytes)")
+        try:
+            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+                _walk(_Cursor(data), size)
+        except ValueError as error:
+            raise ValueError(f"{path} is truncated or malformed: {error}") from None
+
+
+def _walk(cursor: _Cursor, size: int) -> None:
+    cursor.skip(4)
+    version, num_tensors, num_values = cursor.integers("IQQ")
+    if version not in (2, 3):
+        raise ValueError(f"version {version} is not 2 or 3")
+    names: set[bytes] = set()
+
+    def new_name() -> None:
+        name = cursor.string()
+        if name in names:
+            raise ValueError(f"the name {name[:100]!r} appears twice")
+        names.add(name)
+
+    for _ in range(num_values):
+        new_name()
+        (kind,) = cursor.integers("I")
+        count = 1
+        if kind == _ARRAY:
+            kind, count = cursor.integers("IQ")
+        if kind == _STRING:
+            for _ in range(count):
+                cursor.string()
+        elif kind in _VALUE_SIZES:
+            cursor.skip(count * _VALUE_SIZES[kind])
+        else:
+            raise ValueError(f"metadata of type {kind}")
+    names.clear()
+    for _ in range(num_tensors):
+        new_name()
+        (num_dimensions,) = cursor.integers("I")
+        if not 1 <= num_dimensions <= 4:
+            raise ValueError(f"a tensor of {num_dimensions} dimensions")
+        shape = cursor.integers("Q" * num_dimensions)
+        _, offset = cursor.integers("IQ")
+        if math.prod(shape) > 8 * size or offset > size:  # no type takes less than a bit per number
+            raise ValueError(f"a tensor of shape {shape} at {offset}")

@@ -193,7 +193,10 @@ def _byte_level(vocabulary: dict[str, int], merges: list[tuple[str, str]], speci
     tokenizers = _tokenizers()
     pattern, has_single_digits = _CUTS[cut]
     # ignore_merges: Llama 3 takes a whole piece that is in the vocabulary as it is.
-    model = tokenizers.models.BPE(vocab=vocabulary, merges=merges, fuse_unk=False, ignore_merges=cut == "llama-bpe")
+    try:
+        model = tokenizers.models.BPE(vocab=vocabulary, merges=merges, ignore_merges=cut == "llama-bpe")
+    except Exception as error:  # tokenizers raises bare Exceptions
+        raise ValueError(f"the merges do not fit the vocabulary: {str(error)[:200]}") from error
     tokenizer = tokenizers.Tokenizer(model)
     cutters = tokenizers.pre_tokenizers
     steps = [cutters.Digits(individual_digits=True)] if has_single_digits else []

@@ -2,7 +2,7 @@
 
 `golden/models/fla_path`: PaTHAttentionForCausalLM of flash-linear-attention 0.5.2, with forget gate, grouped heads, a
 full-rank w and tied embeddings. `golden/models/fox_pro`: the Pro model of the official Forgetting Transformer. Both
-hold random weights as that code saved them, and its logits (of every third token), token losses and greedy continuation.
+hold random weights as that code saved them, with its logits (of every third token), token losses and greedy tokens.
 """
 
 import dataclasses
