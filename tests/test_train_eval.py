@@ -67,6 +67,18 @@ def test_train_then_eval(corpus, tmp_path):
     assert results["perplexity"]["bits_per_byte"] == pytest.approx(summary["heldout_bits_per_byte"], abs=1e-6)
 
 
+def test_eval_of_a_published_checkpoint(tmp_path):
+    golden = ROOT / "tests" / "golden" / "models" / "fla_path"
+    (tmp_path / "text").write_text("to be or not to be")
+    output = tmp_path / "results.json"
+    arguments = [f"--checkpoint={golden}", f"--data={tmp_path / 'text'}", f"--output={output}"]
+    evaluated = script("eval.py", *arguments, "--evals=perplexity")
+    assert evaluated.returncode == 0, evaluated.stderr
+    assert json.loads(output.read_text())["perplexity"]["tokens"] == 17
+    evaluated = script("eval.py", *arguments)
+    assert evaluated.returncode == 1 and "name some, as in --evals=perplexity" in evaluated.stderr
+
+
 @pytest.mark.parametrize(
     "arguments, reason",
     [

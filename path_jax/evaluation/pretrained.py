@@ -49,6 +49,7 @@ def load_with_text(path: Path, data: str | None) -> Pretrained:
     config, params = load_pretrained(path)
     encode, is_bytes = _encoder(path, config)
     documents = standard_library_documents(encode) if data is None else file_documents(data, encode)
+    num_ids = 1 + max((int(document.tokens.max()) for document in documents if len(document.tokens)), default=-1)
     length = min(_LENGTH, config.num_positions or _LENGTH)
     section = DataConfig(source="stdlib", sequence_length=length)
     if not is_bytes:  # the source of numbers that are per token, not per byte
@@ -60,7 +61,7 @@ def load_with_text(path: Path, data: str | None) -> Pretrained:
     )
     # Scanned, because a compilation of every layer would take longer than many an evaluation.
     model = DecoderLM(dataclasses.replace(config, scan_layers=True))
-    return Pretrained(run, model, stack_layers(params), Corpus((), documents, config.vocab_size))
+    return Pretrained(run, model, stack_layers(params), Corpus((), documents, num_ids))
 
 
 def _encoder(path: Path, config: ModelConfig) -> tuple[Callable[[bytes], np.ndarray], bool]:
