@@ -127,6 +127,7 @@ def write_tensors(directory: Path, tensors: Iterable[tuple[str, np.ndarray]], ma
         sizes.append(sum(x.nbytes for x in group.values()))
         name = f"part-{len(sizes)}"
         save_file(group, directory / name, metadata={"format": "pt"})  # transformers refuses files without it
+        (directory / name).chmod(directory.stat().st_mode & 0o666)  # save_file lets only the owner read
         placed.update(dict.fromkeys(group, name))
         group.clear()
 

@@ -17,7 +17,8 @@ GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "models"
 
 def perplexity(loaded):
     length = loaded.config["data"]["sequence_length"]
-    evaluators = make_evaluators(loaded.config["evals"], loaded.model, loaded.corpus, length, names=["perplexity"])
+    section = {"perplexity": {"batch_size": 1, "window": min(length, 192)}}
+    evaluators = make_evaluators(section, loaded.model, loaded.corpus, length)
     return run(evaluators, loaded.params)["perplexity"]
 
 
