@@ -64,7 +64,7 @@ def load_pretrained(
     if path.is_dir():
         raw = read_json(member(path, "config.json"))
         is_run = "model_type" not in raw and isinstance(raw.get("model"), Mapping)
-        config = ModelConfig(**raw["model"]) if is_run else read_dialect(raw)
+        config = _run_config(path, raw["model"]) if is_run else read_dialect(raw)
         config = dataclasses.replace(config, dtype=dtype)
         return _load_run(path, config, sharding) if is_run else _load_safetensors(path, raw, config, sharding)
     if path.suffix == ".gguf":
@@ -118,6 +118,15 @@ def save_pretrained(
         (directory / "config.json").write_text(json.dumps(raw, indent=2, sort_keys=True) + "\n")
 
 
+def _run_config(path: Path, section: Mapping[str, Any]) -> ModelConfig:
+    try:
+        config = ModelConfig(**section)
+        config.make_mixer()
+    except (TypeError, AttributeError) as error:  # unknown or malformed fields and options
+        raise ValueError(f"{path}: the model section of config.json is malformed: {error}") from error
+    return config
+
+
 def _load_run(path: Path, config: ModelConfig, sharding: Placement):
     tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     shapes = jax.eval_shape(DecoderLM(config).init, jax.random.key(0), tokens)["params"]
@@ -142,17 +151,12 @@ def _load_safetensors(path: Path, raw: Mapping[str, Any], config: ModelConfig, s
         names = {ours: name for ours, name in names.items() if not re.fullmatch(BUFFERS.get(table, ""), ours)}
         tensors = _tensors(path, config, table, len(names))
         read = lambda name: files.read(names[name])
-        if config.tie_embeddings and "lm_head.weight" in names:
-            _check_tied(path, read(tensors[0].theirs), read("lm_head.weight"))
-            del names["lm_head.weight"]
+        # Some writers store the output projection although it is the embedding.
+        head = names.pop("lm_head.weight", None) if config.tie_embeddings else None
         check_stored(path, tensors, {ours: files.stored[name] for ours, name in names.items()})
+        if head and not np.array_equal(files.read(head), read(tensors[0].theirs)):
+            raise ValueError(f"{path}: config.json ties the embeddings, but lm_head.weight differs from the embedding")
         return config, import_params(config, tensors, read, _placing(config, sharding))
-
-
-def _check_tied(path: Path, embedding: np.ndarray, head: np.ndarray) -> None:
-    """Some writers store the output projection although it is the embedding."""
-    if not np.array_equal(embedding, head):
-        raise ValueError(f"{path}: config.json ties the embeddings, but lm_head.weight differs from the embedding")
 
 
 def _tensors(path: Path, config: ModelConfig, table: str, num_stored: int) -> list[Tensor]:

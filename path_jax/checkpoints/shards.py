@@ -59,8 +59,8 @@ class TensorFiles(contextlib.ExitStack):
             if path not in self._open:
                 self._open[path] = self.enter_context(safe_open(path, framework="numpy"))
             return self._open[path].get_tensor(name)
-        except SafetensorError as error:
-            raise ValueError(f"{path} is damaged: {error}") from error
+        except (SafetensorError, KeyError, TypeError) as error:  # the last two: a type that numpy does not have
+            raise ValueError(f"{path} is damaged at {name}: {error}") from error
 
 
 def _only_file(directory: Path) -> str:

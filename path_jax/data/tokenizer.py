@@ -149,13 +149,15 @@ def vocabulary_tokenizer(
       tokens: Token of every id.
       types: 3 (control) and 4 (user-defined) are special tokens.
       merges: Pairs "left right", the earliest first.
-      add_bos: Whether a text opens with `bos_id`.
+      add_bos: Whether a text opens with `bos_id`; None means that it does for "llama-bpe" only, as in llama.cpp.
       bos_id: That token.
 
     Raises:
       ImportError: the package tokenizers is not installed.
       ValueError: for another kind of vocabulary, or lists that do not fit.
     """
+    if not all(isinstance(x, list) and all(isinstance(y, str) for y in x) for x in (tokens, merges or [])):
+        raise ValueError("the tokens and merges of a vocabulary must be lists of strings")
     if model != "gpt2" or merges is None:
         raise ValueError(f"a vocabulary of the kind {model!r} is not supported; byte-level merges ('gpt2') are")
     if pre not in _CUTS:
@@ -166,7 +168,7 @@ def vocabulary_tokenizer(
     if len(vocabulary) != len(tokens) or not all(len(pair) == 2 for pair in pairs):
         raise ValueError("the vocabulary has a token twice, or a merge that is not a pair")
     tokenizer = _byte_level(vocabulary, pairs, special, pre)
-    if add_bos:
+    if add_bos or (add_bos is None and pre == "llama-bpe"):
         if bos_id is None or not 0 <= bos_id < len(tokens):
             raise ValueError(f"texts open with token {bos_id}, which is not in the vocabulary of {len(tokens)}")
         opener = tokens[bos_id]

@@ -306,11 +306,28 @@ def test_absurd_configurations_cost_nothing(saved):
     for change, reason in (
         (dict(num_hidden_layers=2**31 - 1), "has 2147483647 layers, the files 21 tensors"),
         (dict(hidden_size=2**31 - 4, head_dim=8), "does not fit the model"),
+        (
+            dict(hidden_size=2**31 - 1, head_dim=2**31 - 2, num_attention_heads=2**31 - 1),
+            "attention_heads|fit|multiple",
+        ),
+        (dict(num_hidden_layers=1000), "and .* more"),
         (dict(vocab_size=2**60), "vocab_size is"),
     ):
         (directory / "config.json").write_text(json.dumps(raw | change))
         with pytest.raises(ValueError, match=reason):
             load_pretrained(directory)
+
+
+def test_malformed_run_directories(tmp_path):
+    format, config = MODELS["fla-fox"]
+    save_pretrained(tmp_path / "x", config, random_params(config), "native")
+    _, half = load_pretrained(tmp_path / "x", "bfloat16")
+    assert_trees_equal(half, jax.tree.map(lambda x: x.astype("bfloat16"), random_params(config)))
+    model = json.loads((tmp_path / "x" / "config.json").read_text())["model"]
+    for change in (dict(colour="red"), dict(mixer_options=7), dict(mixer_options=dict(colour="red"))):
+        (tmp_path / "x" / "config.json").write_text(json.dumps({"model": model | change}))
+        with pytest.raises(ValueError, match="the model section of config.json is malformed"):
+            load_pretrained(tmp_path / "x")
 
 
 def test_saving_never_overwrites_and_leaves_nothing_behind(tmp_path):

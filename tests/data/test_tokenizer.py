@@ -49,8 +49,11 @@ def test_the_notations_agree(tmp_path):
 
 def test_digits_and_openers():
     assert vocabulary_tokenizer(**GGUF | dict(pre="smollm")).encode("12").tolist() == ids("1 2")
-    opened = vocabulary_tokenizer(**GGUF | dict(add_bos=True, bos_id=ID["<|endoftext|>"]))
-    assert opened.encode("12").tolist() == ids("<|endoftext|> 12")
+    opener = ID["<|endoftext|>"]
+    for change in (dict(add_bos=True), dict(add_bos=None, pre="llama-bpe")):
+        opened = vocabulary_tokenizer(**GGUF | change | dict(bos_id=opener))
+        assert opened.encode("12").tolist() == ids("<|endoftext|> 12")
+    assert vocabulary_tokenizer(**GGUF | dict(add_bos=None, bos_id=opener)).encode("12").tolist() == ids("12")
 
 
 def test_json_escaped_text(tmp_path):
@@ -71,7 +74,9 @@ def test_json_escaped_text(tmp_path):
         (dict(merges=None), "kind 'gpt2' is not supported"),
         (dict(pre="falcon"), "cut as 'falcon' is not supported; choose from gpt-2, smollm, llama-bpe"),
         (dict(merges=["a"]), "a merge that is not a pair"),
-        (dict(tokens=["a", "a"]), "a token twice"),
+        (dict(tokens=["a", "a"], merges=[]), "a token twice"),
+        (dict(tokens=7), "lists of strings"),
+        (dict(merges=[1]), "lists of strings"),
         (dict(add_bos=True, bos_id=10**6), "open with token 1000000"),
         (dict(merges=["a zz"]), "out of vocabulary"),
     ],
