@@ -14,6 +14,7 @@ FORMATS = ("fla", "fox", "hf")
 # Fields that say how a model runs rather than which it is.
 _EXECUTION = ("scan_layers", "remat", "dtype", "implementation", "prune", "round_directions", "name", "parent")
 _MAX_INTEGER = 2**31 - 1
+_MAX_FLOAT = 1e30  # products with integers stay finite
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,9 +56,9 @@ def _get(raw: Mapping[str, Any], key: str, kind: type, optional: bool = False) -
     if optional and value is None:
         return None
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if kind is float and is_number and value > 0:
+    if kind is float and is_number and 0 < value <= _MAX_FLOAT:
         return float(value)
-    if kind is int and is_number and value == int(value) and 0 < value <= _MAX_INTEGER:
+    if kind is int and is_number and 0 < value <= _MAX_INTEGER and value == int(value):
         return int(value)
     if kind is bool and isinstance(value, bool):
         return value

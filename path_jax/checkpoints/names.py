@@ -190,13 +190,13 @@ def tensors_of(config: ModelConfig, table: str) -> list[Tensor]:
     tensors, placed = [], set()
     for ours, theirs, op in TABLES[table]:
         ours = (ours,) if isinstance(ours, str) else ours
+        parts = [shapes.get(name.format(0)) for name in ours]  # all layers are alike
+        if None in parts:
+            continue
+        joined = jax.ShapeDtypeStruct((*parts[0].shape[:-1], sum(x.shape[-1] for x in parts)), jnp.float32)
+        shape = jax.eval_shape(lambda x: OPS[op].to_theirs(x, config.head_dim), joined).shape
         for i in range(config.num_layers if "{}" in theirs else 1):
             names = tuple(name.format(i) for name in ours)
-            if not all(name in shapes for name in names):
-                break
-            first = shapes[names[0]].shape
-            joined = jax.ShapeDtypeStruct((*first[:-1], sum(shapes[name].shape[-1] for name in names)), jnp.float32)
-            shape = jax.eval_shape(lambda x: OPS[op].to_theirs(x, config.head_dim), joined).shape
             tensors.append(Tensor(theirs.format(i), shape, names, OPS[op]))
             placed.update(names)
     if missing := sorted(set(shapes) - placed):

@@ -86,6 +86,8 @@ def test_other_parameters_are_not_exported():
         ("llama", dict(mlp_bias=True), "mlp_bias=True"),
         ("llama", dict(quantization_config=dict(bits=4)), "quantization_config"),
         ("llama", dict(num_hidden_layers="two"), "num_hidden_layers is 'two'; it must be a positive integer"),
+        ("llama", dict(vocab_size=float("inf")), "vocab_size is inf"),
+        ("llama", dict(rope_theta=float("nan")), "rope_theta is nan"),
         ("llama", dict(hidden_size=True), "hidden_size is True; it must be a positive integer"),
         ("llama", dict(rms_norm_eps=None), "rms_norm_eps is None; it must be a positive number"),
         ("llama", dict(tie_word_embeddings=1), "tie_word_embeddings is 1; it must be true or false"),
