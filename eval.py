@@ -1,7 +1,10 @@
-"""Evaluates a finished run: `python eval.py --checkpoint=RUN_DIR --evals=perplexity,length --output=results.json`.
+"""Evaluates a model: `python eval.py --checkpoint=RUN_DIR --evals=perplexity,length --output=results.json`.
 
 Evaluators and options are those of the run's configuration unless --evals and --options say otherwise, so that the
 numbers reported at the end of training are reproduced. They also say how much of --data is scored.
+
+The checkpoint may also be a directory or .gguf file of another code base (README, "Checkpoints of others"). Then
+--evals is needed, and all of --data is scored, or 50,000 tokens of the standard library without it.
 """
 
 import json
@@ -16,11 +19,12 @@ from rich.console import Console
 from path_jax import report
 from path_jax.checkpoints.native import read_config, restore_params
 from path_jax.data import Corpus, DataConfig, file_documents, make_corpus, token_file_documents
+from path_jax.evaluation.pretrained import load_with_text
 from path_jax.evaluation.run_report import length_curve, results_table
 from path_jax.evaluation.runner import make_evaluators, run
 from path_jax.models import DecoderLM, ModelConfig
 
-_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Directory of the run.", required=True)
+_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Directory of the run, or a published checkpoint.", required=True)
 _EVALS = flags.DEFINE_list("evals", None, "Evaluators; those of the run's configuration by default.")
 _OUTPUT = flags.DEFINE_string("output", "results.json", "File for {evaluator: {metric: number}}.")
 _DATA = flags.DEFINE_string("data", None, "Text to evaluate on (file or directory) instead of the run's held-out side.")
@@ -37,6 +41,13 @@ def _load_corpus(data: DataConfig, names) -> Corpus:
     return Corpus(train, heldout, 1 + max(int(document.tokens.max()) for document in heldout))
 
 
+def _load_run(workdir: Path, config: dict, names: list[str]):
+    model = DecoderLM(ModelConfig(**config["model"]))
+    corpus = _load_corpus(DataConfig(**config["data"]), names)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    return model, restore_params(workdir, shapes), corpus
+
+
 def _evaluate() -> None:
     output = Path(_OUTPUT.value)
     if output.is_dir():
@@ -45,14 +56,18 @@ def _evaluate() -> None:
         overrides = {name: dict(options) for name, options in json.loads(_OPTIONS.value).items()}
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"--options={_OPTIONS.value} must be JSON: {{evaluator: {{option: value}}}}") from error
-    config = read_config(_CHECKPOINT.value)
+    checkpoint = Path(_CHECKPOINT.value)
+    config = {} if checkpoint.is_file() else read_config(checkpoint)
+    if "evals" in config:
+        names = list(config["evals"]) if _EVALS.value is None else _EVALS.value
+        model, params, corpus = _load_run(checkpoint, config, names)
+    elif names := _EVALS.value:
+        config, model, params, corpus = load_with_text(checkpoint, _DATA.value)
+    else:
+        raise ValueError(f"{checkpoint} has no evaluators of its own; name some, as in --evals=perplexity")
     section = config["evals"]
-    names = list(section) if _EVALS.value is None else _EVALS.value
     section |= {name: section.get(name, {}) | options for name, options in overrides.items()}
-    model, data = DecoderLM(ModelConfig(**config["model"])), DataConfig(**config["data"])
-    evaluators = make_evaluators(section, model, _load_corpus(data, names), data.sequence_length, names=names)
-    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
-    params = restore_params(_CHECKPOINT.value, shapes)
+    evaluators = make_evaluators(section, model, corpus, DataConfig(**config["data"]).sequence_length, names=names)
     output.parent.mkdir(parents=True, exist_ok=True)
 
     results = run(evaluators, params, on_progress=lambda name: print(f"evaluating {name}", file=sys.stderr, flush=True))
@@ -70,7 +85,7 @@ def main(_) -> None:
     logging.set_verbosity(logging.WARNING)  # absl shows INFO, of which checkpoint reading writes a screenful
     try:
         _evaluate()
-    except (ValueError, OSError, NotImplementedError) as error:  # FileNotFoundError is an OSError
+    except (ValueError, OSError, NotImplementedError, ImportError) as error:  # FileNotFoundError is an OSError
         sys.exit(f"eval.py: {error}")
 
 

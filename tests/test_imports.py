@@ -19,6 +19,7 @@ ALLOWED = {
     "path_jax.models": ["path_jax.mixers", "path_jax.nn", "path_jax.parallel"],
     "path_jax.data": [],
     "path_jax.checkpoints": ["path_jax.models", "path_jax.parallel"],
+    "path_jax.checkpoints.__main__": ["path_jax"],
     "path_jax.training": [f"path_jax.{p}" for p in ("models", "data", "parallel", "checkpoints", "metrics")],
     "path_jax.evaluation": [
         f"path_jax.{p}" for p in ("models", "data", "parallel", "checkpoints", "metrics", "nn.taps")
@@ -38,6 +39,9 @@ CONFINED = {
     "matplotlib": ["path_jax.report"],
     "tensorflow_datasets": ["path_jax.data.text"],
     "tensorboardX": ["path_jax.training.progress"],
+    "safetensors": ["path_jax.checkpoints.shards"],
+    "tokenizers": ["path_jax.data.tokenizer"],
+    "gguf": ["path_jax.checkpoints.gguf"],
     "flax": ["path_jax"],
     "orbax": ["path_jax.checkpoints"],
     "optax": ["path_jax.training"],
@@ -98,5 +102,7 @@ def test_configs_load_without_jax_and_kernels_without_the_rest():
         "assert not {'path_jax', 'flax', 'optax', 'matplotlib'} & set(sys.modules)\n"
         "import path_jax\n"
         "assert 'matplotlib' not in sys.modules\n"
+        "import path_jax.checkpoints, path_jax.data\n"
+        "assert not {'safetensors', 'tokenizers', 'gguf'} & set(sys.modules)\n"
     )
     subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)

@@ -67,6 +67,18 @@ def test_train_then_eval(corpus, tmp_path):
     assert results["perplexity"]["bits_per_byte"] == pytest.approx(summary["heldout_bits_per_byte"], abs=1e-6)
 
 
+def test_eval_of_a_published_checkpoint(tmp_path):
+    golden = ROOT / "tests" / "golden" / "models" / "fla_path"
+    (tmp_path / "text").write_text("to be or not to be")
+    output = tmp_path / "results.json"
+    evaluated = script(
+        "eval.py", f"--checkpoint={golden}", f"--data={tmp_path / 'text'}", f"--output={output}", "--evals=perplexity",
+        '--options={"perplexity": {"batch_size": 1, "window": 32}}',
+    )  # fmt: skip
+    assert evaluated.returncode == 0, evaluated.stderr
+    assert json.loads(output.read_text())["perplexity"]["tokens"] == 17
+
+
 @pytest.mark.parametrize(
     "arguments, reason",
     [

@@ -12,6 +12,7 @@ import grain
 import jax
 import orbax.checkpoint as ocp
 
+from path_jax.checkpoints.folders import read_json
 from path_jax.parallel.sharding import path_name
 
 
@@ -79,12 +80,18 @@ def read_config(workdir: Path) -> dict:
 
     Raises:
       FileNotFoundError: if the directory is not a run directory.
-      CheckpointError: if config.json is not JSON.
+      CheckpointError: if config.json is not a JSON object.
     """
     path = Path(workdir) / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{workdir} is not a run directory: it has no config.json")
-    return _reading(path, lambda: json.loads(path.read_text()))
+    return _reading(path, lambda: read_json(path))
+
+
+def save_params(workdir: Path, params) -> None:
+    """Writes parameters alone, as step 0 of a run directory."""
+    with ocp.CheckpointManager(Path(workdir).absolute() / "checkpoints") as manager:
+        manager.save(0, args=ocp.args.Composite(state=ocp.args.StandardSave({"params": params})))
 
 
 def restore_params(workdir: Path, abstract_params, step: int | None = None):

@@ -7,12 +7,13 @@ from path_jax.data.text import (
     Corpus,
     Document,
     file_documents,
+    opened_bytes,
     split_documents,
     standard_library_documents,
     tfds_documents,
     token_file_documents,
 )
-from path_jax.data.tokenizer import ByteTokenizer
+from path_jax.data.tokenizer import ByteTokenizer, LearnedTokenizer, load_tokenizer, vocabulary_tokenizer
 
 __all__ = [
     "Batch",
@@ -20,13 +21,17 @@ __all__ = [
     "Corpus",
     "DataConfig",
     "Document",
+    "LearnedTokenizer",
     "PackedRows",
     "file_documents",
     "first_fit_rows",
+    "load_tokenizer",
     "make_corpus",
     "make_iterator",
+    "opened_bytes",
     "split_documents",
     "standard_library_documents",
     "tfds_documents",
     "token_file_documents",
+    "vocabulary_tokenizer",
 ]

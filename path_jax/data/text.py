@@ -72,32 +72,38 @@ class LazyDocuments(Sequence[Document]):
         return self._read(index)
 
 
-def _byte_document(name: str, data: str | bytes) -> Document:
-    ids = _TOKENIZER.encode(data)
-    return Document(name, np.concatenate([np.array([_TOKENIZER.bos_id], np.int32), ids]))
+def opened_bytes(data: str | bytes) -> np.ndarray:
+    """Returns the document opener and the bytes of `data`, int32 [n + 1]."""
+    return np.concatenate([np.array([_TOKENIZER.bos_id], np.int32), _TOKENIZER.encode(data)])
 
 
-def standard_library_documents() -> tuple[Document, ...]:
+def standard_library_documents(encode: Callable[[bytes], np.ndarray] = opened_bytes) -> tuple[Document, ...]:
     """Returns the non-empty `.py` files of this Python's standard library, about 11 MB.
 
     The text differs between Python versions, so numbers compare only within one version.
+
+    Args:
+      encode: Turns the bytes of a file into ids, int32 [n].
 
     Returns:
       Documents named by their path relative to the standard library, sorted by name.
     """
     root = pathlib.Path(sysconfig.get_paths()["stdlib"])
     return tuple(
-        _byte_document(name, path.read_bytes())
+        Document(name, encode(path.read_bytes()))
         for name, path in _visible_files(root, _EXCLUDED_FOLDERS, refuse_links=False)
         if path.suffix == ".py"
     )
 
 
-def file_documents(path: str | os.PathLike[str]) -> tuple[Document, ...]:
-    """Returns the bytes of a file, or of every visible non-empty file of a directory.
+def file_documents(
+    path: str | os.PathLike[str], encode: Callable[[bytes], np.ndarray] = opened_bytes
+) -> tuple[Document, ...]:
+    """Returns the text of a file, or of every visible non-empty file of a directory.
 
     Args:
       path: A file, or a directory that is searched recursively.
+      encode: Turns the bytes of a file into ids, int32 [n].
 
     Returns:
       Documents named by their path relative to the directory, sorted by name.
@@ -107,7 +113,7 @@ def file_documents(path: str | os.PathLike[str]) -> tuple[Document, ...]:
       ValueError: Nothing to read, or a link leads outside the directory.
     """
     files = _visible_files(pathlib.Path(path))
-    documents = tuple(_byte_document(name, item.read_bytes()) for name, item in files)
+    documents = tuple(Document(name, encode(item.read_bytes())) for name, item in files)
     if not documents:
         raise ValueError(f"{path} holds no visible non-empty file; give a path with text")
     return documents
@@ -170,7 +176,7 @@ def tfds_documents(directory: str | os.PathLike[str], split: str, text_key: str)
     if split.split("[")[0] not in splits:
         raise ValueError(f"{directory} has no split {split!r}; set tfds_split to one of {splits}")
     source = builder.as_data_source(split)
-    return LazyDocuments(len(source), lambda index: _byte_document(f"{split}#{index}", source[index][text_key]))
+    return LazyDocuments(len(source), lambda index: Document(f"{split}#{index}", opened_bytes(source[index][text_key])))
 
 
 def split_documents(

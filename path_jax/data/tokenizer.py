@@ -1,11 +1,15 @@
-"""Bytes as tokens.
+"""Text to ids and back: bytes, and learned byte-level vocabularies in three notations.
 
-The vocabulary is fixed: ids 0..255 are bytes and 256 opens a document. Learned
-vocabularies are not handled here; tokenize with any tool and read the ids from `.npy`
-files instead.
+Learned vocabularies are read from `tokenizer.json` or `vocab.json` with `merges.txt` (Hugging Face), or given as the
+lists of a GGUF file; they need the package tokenizers (extra `[hf]`). Nothing is trained here, and SentencePiece models
+are not read; tokenize with any tool and read the ids from `.npy` files instead.
 """
 
 import dataclasses
+import json
+import os
+import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -51,3 +55,165 @@ class ByteTokenizer:
         array = np.asarray(ids, dtype=np.int64).reshape(-1)
         is_byte = (array >= 0) & (array < 256)
         return array[is_byte].astype(np.uint8).tobytes().decode("utf-8", errors="replace")
+
+
+class LearnedTokenizer:
+    """A learned vocabulary, by the package tokenizers.
+
+    Args:
+      tokenizer: A `tokenizers.Tokenizer`.
+      is_json_escaped: The vocabulary was learned on text with JSON's escapes, as that of the published FoX models:
+        a line break is the two characters backslash and n.
+
+    Attributes:
+      vocab_size: One more than the largest id.
+    """
+
+    def __init__(self, tokenizer: Any, is_json_escaped: bool = False):
+        self._tokenizer = tokenizer
+        self._is_json_escaped = is_json_escaped
+        self.vocab_size = 1 + max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+
+    def encode(self, text: str | bytes) -> Int32[np.ndarray, "n"]:
+        """Returns the ids of `text`, int32 [n], with an opening token only where the vocabulary's own rules add one.
+
+        Args:
+          text: A string, or UTF-8 bytes, of which others become U+FFFD. Special tokens such as `<|endoftext|>` are
+            recognised in it.
+        """
+        text = text.decode("utf-8", errors="replace") if isinstance(text, bytes) else text
+        text = json.dumps(text)[1:-1] if self._is_json_escaped else text
+        return np.array(self._tokenizer.encode(text).ids, np.int32)
+
+    def decode(self, ids: Any) -> str:
+        """Returns the text of `ids` [n], special tokens included; ids outside the vocabulary are skipped."""
+        array = np.asarray(ids, dtype=np.int64).reshape(-1)
+        known = array[(array >= 0) & (array < self.vocab_size)].tolist()
+        text = self._tokenizer.decode(known, skip_special_tokens=False)
+        if not self._is_json_escaped:
+            return text
+        try:
+            return json.loads(f'"{text}"', strict=False)
+        except json.JSONDecodeError:  # an escape cut in half, or a bare quote
+            return text.encode().decode("unicode_escape", errors="ignore")
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes a `tokenizer.json`."""
+        self._tokenizer.save(os.fspath(path))
+
+
+def load_tokenizer(directory: str | os.PathLike[str]) -> LearnedTokenizer | None:
+    """Returns the tokenizer of a Hugging Face directory, or None if it has no tokenizer files.
+
+    Raises:
+      ImportError: the package tokenizers is not installed.
+      ValueError: a file is malformed.
+    """
+    directory = pathlib.Path(directory)
+    settings = directory / "tokenizer_config.json"
+    try:
+        name = json.loads(settings.read_text()).get("tokenizer_class") if settings.is_file() else None
+        is_json_escaped = name == "JSONGPT2Tokenizer"
+        if (directory / "tokenizer.json").is_file():
+            return LearnedTokenizer(
+                _tokenizers().Tokenizer.from_file(str(directory / "tokenizer.json")), is_json_escaped
+            )
+        if (directory / "vocab.json").is_file() and (directory / "merges.txt").is_file():
+            vocabulary = json.loads((directory / "vocab.json").read_text())
+            lines = (directory / "merges.txt").read_text().splitlines()
+            merges = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
+            special = [token for token in ("<|endoftext|>",) if token in vocabulary]
+            return LearnedTokenizer(_byte_level(vocabulary, merges, special, "gpt-2"), is_json_escaped)
+    except ImportError:
+        raise
+    except Exception as error:  # tokenizers raises bare Exceptions
+        raise ValueError(f"the tokenizer of {directory} is malformed: {str(error)[:200]}") from error
+    return None
+
+
+def vocabulary_tokenizer(
+    *,
+    model: str,
+    pre: str | None,
+    tokens: Sequence[str],
+    types: Sequence[int] | None,
+    merges: Sequence[str] | None,
+    add_bos: bool | None,
+    bos_id: int | None,
+) -> LearnedTokenizer:
+    """Builds a tokenizer from the lists of a GGUF file.
+
+    Args:
+      model: `tokenizer.ggml.model`; "gpt2", that is byte-level merges, is supported.
+      pre: How text is cut before merging: "gpt-2", "smollm" or "llama-bpe".
+      tokens: Token of every id.
+      types: 3 (control) and 4 (user-defined) are special tokens.
+      merges: Pairs "left right", the earliest first.
+      add_bos: Whether a text opens with `bos_id`; None means that it does for "llama-bpe" only, as in llama.cpp.
+      bos_id: That token.
+
+    Raises:
+      ImportError: the package tokenizers is not installed.
+      ValueError: for another kind of vocabulary, or lists that do not fit.
+    """
+    if not all(isinstance(x, list) and all(isinstance(y, str) for y in x) for x in (tokens, merges or [])):
+        raise ValueError("the tokens and merges of a vocabulary must be lists of strings")
+    if model != "gpt2" or merges is None:
+        raise ValueError(f"a vocabulary of the kind {model!r} is not supported; byte-level merges ('gpt2') are")
+    if pre not in _CUTS:
+        raise ValueError(f"text cut as {pre!r} is not supported; choose from {', '.join(_CUTS)}")
+    special = [token for token, kind in zip(tokens, types or ()) if kind in (3, 4)]
+    pairs = [tuple(merge.split(" ")) for merge in merges]
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    if len(vocabulary) != len(tokens) or not all(len(pair) == 2 for pair in pairs):
+        raise ValueError("the vocabulary has a token twice, or a merge that is not a pair")
+    tokenizer = _byte_level(vocabulary, pairs, special, pre)
+    if add_bos or (add_bos is None and pre == "llama-bpe"):
+        if bos_id is None or not 0 <= bos_id < len(tokens):
+            raise ValueError(f"texts open with token {bos_id}, which is not in the vocabulary of {len(tokens)}")
+        opener = tokens[bos_id]
+        tokenizer.post_processor = _tokenizers().processors.TemplateProcessing(
+            single=[opener, "$A"], pair=[opener, "$A", "$B"], special_tokens=[(opener, bos_id)]
+        )
+    return LearnedTokenizer(tokenizer)
+
+
+# How each family cuts text before merging: the pattern of byte-level BPE (None: GPT-2's), and whether digits are cut
+# one by one first.
+_CUTS = {
+    "gpt-2": (None, False),
+    "smollm": (None, True),
+    "llama-bpe": (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+        r"|\s+(?!\S)|\s+",
+        False,
+    ),
+}
+
+
+def _byte_level(vocabulary: dict[str, int], merges: list[tuple[str, str]], special: list[str], cut: str) -> Any:
+    tokenizers = _tokenizers()
+    pattern, has_single_digits = _CUTS[cut]
+    # ignore_merges: Llama 3 takes a whole piece that is in the vocabulary as it is.
+    try:
+        model = tokenizers.models.BPE(vocab=vocabulary, merges=merges, ignore_merges=cut == "llama-bpe")
+    except Exception as error:  # tokenizers raises bare Exceptions
+        raise ValueError(f"the merges do not fit the vocabulary: {str(error)[:200]}") from error
+    tokenizer = tokenizers.Tokenizer(model)
+    cutters = tokenizers.pre_tokenizers
+    steps = [cutters.Digits(individual_digits=True)] if has_single_digits else []
+    if pattern:
+        steps.append(cutters.Split(tokenizers.Regex(pattern), behavior="isolated"))
+    steps.append(cutters.ByteLevel(add_prefix_space=False, use_regex=pattern is None))
+    tokenizer.pre_tokenizer = cutters.Sequence(steps)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    tokenizer.add_special_tokens([tokenizers.AddedToken(token, normalized=False, special=True) for token in special])
+    return tokenizer
+
+
+def _tokenizers() -> Any:
+    try:
+        import tokenizers
+    except ImportError as error:
+        raise ImportError("learned vocabularies need the package tokenizers; run: pip install path-jax[hf]") from error
+    return tokenizers

@@ -39,6 +39,7 @@ class ForgettingAttention(nn.Module):
       output_norm: RMS norm of each output head; output_gate: multiplies the output by sigmoid(output_gate_proj x).
       rope_theta: base of the rotary embedding, applied after the norm; None for none.
       norm_eps: of the output norm.
+      qkv_bias, o_bias: biases of the query, key and value projections, and of the output projection.
       window, prune, gate_scale, implementation: see pallas_kernels.forgetting_attention.
       dtype: compute dtype, the input's by default; the gate is float32 always.
 
@@ -56,6 +57,8 @@ class ForgettingAttention(nn.Module):
     output_gate: bool = False
     rope_theta: float | None = None
     norm_eps: float = 1e-6
+    qkv_bias: bool = False
+    o_bias: bool = False
     window: int | None = None
     prune: float | str | None = None
     gate_scale: float = 1.0
@@ -95,9 +98,9 @@ class ForgettingAttention(nn.Module):
         head_dim = self.head_dim or x.shape[-1] // self.num_heads
         heads = lambda y: y.reshape(*y.shape[:2], -1, head_dim)
 
-        q = heads(linear(self.num_heads * head_dim, "q_proj", dtype=dtype)(x))
-        k = heads(linear(num_kv_heads * head_dim, "k_proj", dtype=dtype)(x))
-        v = heads(linear(num_kv_heads * head_dim, "v_proj", dtype=dtype)(x))
+        q = heads(linear(self.num_heads * head_dim, "q_proj", dtype=dtype, use_bias=self.qkv_bias)(x))
+        k = heads(linear(num_kv_heads * head_dim, "k_proj", dtype=dtype, use_bias=self.qkv_bias)(x))
+        v = heads(linear(num_kv_heads * head_dim, "v_proj", dtype=dtype, use_bias=self.qkv_bias)(x))
         history = {}
         if self.kv_shift:
             k, history["k"] = self._shifted("k", k, x, segment_ids, cache, lengths)
@@ -128,7 +131,7 @@ class ForgettingAttention(nn.Module):
         out = out.reshape(*x.shape[:2], -1)
         if self.output_gate:
             out *= nn.sigmoid(linear(out.shape[-1], "output_gate_proj", dtype=dtype)(x))
-        return linear(x.shape[-1], "o_proj", dtype=dtype)(out), cache
+        return linear(x.shape[-1], "o_proj", dtype=dtype, use_bias=self.o_bias)(out), cache
 
     def _shifted(self, name, y, x, segment_ids, cache, lengths):
         """`a_t y_{t-1} + (1 - a_t) y_t` per head, a = sigmoid(shift_proj x), y = 0 before each document; in float32."""

@@ -3,7 +3,7 @@
 import dataclasses
 
 from path_jax.models.config import ModelConfig
-from path_jax.models.decoder_lm import LMCache, make_mixer
+from path_jax.models.decoder_lm import LMCache
 from path_jax.models.stacking import unstack_layers
 
 
@@ -16,8 +16,13 @@ def init_cache(config: ModelConfig, batch: int, max_length: int, **cache_options
       max_length: tokens a row can hold.
       **cache_options: `dtype` of keys and values (config.dtype by default), `superchunk` and `num_pages`, see
         pallas_kernels.init_cache.
+
+    Raises:
+      ValueError: for rows longer than the learned positions of the model.
     """
-    mixer = make_mixer(config)
+    if config.num_positions and max_length > config.num_positions:
+        raise ValueError(f"{max_length=} is more than the model's {config.num_positions} learned positions")
+    mixer = config.make_mixer()
     return tuple(
         mixer.init_state(batch, max_length, config.embed_dim, **cache_options) for _ in range(config.num_layers)
     )

@@ -4,12 +4,16 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+import flax.linen as nn
+import jax.numpy as jnp
 from flax.core import FrozenDict
 
 from path_jax.mixers import MIXERS
 
 REMAT = ("none", "full", "dots")
 DTYPES = ("float32", "bfloat16", "float16")
+NORMS = ("rms", "layer")
+MLPS = ("swiglu", "gelu")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,10 +23,14 @@ class ModelConfig:
     Args:
       vocab_size: V; num_layers: L; embed_dim: D; num_heads: N.
       num_kv_heads: K, N by default; head_dim: H, D // N by default.
-      mlp_dim: width of the SwiGLU MLP; by default 8 D / 3 rounded up to a multiple of 256.
+      mlp_dim: width of the MLP; by default 8 D / 3 rounded up to a multiple of 256.
       mixer: a name in `path_jax.mixers.MIXERS`; mixer_options: further arguments of that mixer.
       tie_embeddings: the output projection is the transposed embedding.
-      norm_eps: of the RMS norms around mixer and MLP and of the final norm.
+      norm_eps: of the norms before mixer and MLP and of the final norm.
+      norm: "rms", or "layer" (mean removed, learned scale and bias).
+      mlp: "swiglu", or "gelu" (two projections with biases, tanh approximation). With norm="layer", num_positions and
+        the mixer "nope" with biases it makes GPT-2.
+      num_positions: learned embeddings of positions 0 ... num_positions - 1, the longest sequence then; None for none.
       scan_layers: one compiled layer scanned over stacked parameters (`layers`) rather than L copies (`layers_0` ...).
       remat: what the backward pass recomputes: "none", "dots" (all but products with parameters) or "full" (everything
         inside a layer).
@@ -41,6 +49,9 @@ class ModelConfig:
     mixer_options: Mapping[str, Any] = dataclasses.field(default_factory=FrozenDict)
     tie_embeddings: bool = False
     norm_eps: float = 1e-6
+    norm: str = "rms"
+    mlp: str = "swiglu"
+    num_positions: int | None = None
     scan_layers: bool = True
     remat: str = "none"
     dtype: str = "float32"
@@ -51,8 +62,12 @@ class ModelConfig:
         for name in ("vocab_size", "num_layers", "embed_dim", "num_heads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be positive")
+        if self.num_positions is not None and self.num_positions < 1:
+            raise ValueError(f"num_positions={self.num_positions} must be positive, or None for no learned positions")
         for name, value, choices in (
             ("mixer", self.mixer, tuple(MIXERS)),
+            ("norm", self.norm, NORMS),
+            ("mlp", self.mlp, MLPS),
             ("remat", self.remat, REMAT),
             ("dtype", self.dtype, DTYPES),
         ):
@@ -70,13 +85,26 @@ class ModelConfig:
         options = {key: tuple(x) if isinstance(x, list) else x for key, x in self.mixer_options.items()}
         fill("mixer_options", FrozenDict(options))
 
+    def make_mixer(self, name: str | None = None) -> nn.Module:
+        """The mixer of one layer; its fields are the options with their defaults filled in."""
+        return MIXERS[self.mixer](
+            name=name,
+            num_heads=self.num_heads,
+            num_kv_heads=self.num_kv_heads,
+            head_dim=self.head_dim,
+            dtype=jnp.dtype(self.dtype),
+            implementation=self.implementation,
+            **self.mixer_options,
+        )
+
     def train_flops_per_token(self, num_parameters: int, length: int) -> float:
         """Model FLOPs of a training step per token, with causal accounting.
 
-        Six per parameter that multiplies (an untied embedding is a look-up), plus twelve N H per visible key and layer,
-        of which there are (T + 1) / 2 on average. What an algorithm adds (PaTH's linear stage, rematerialisation) does
-        not count.
+        Six per parameter that multiplies (an untied embedding and learned positions are look-ups), plus twelve N H per
+        visible key and layer, of which there are (T + 1) / 2 on average. What an algorithm adds (PaTH's linear stage,
+        rematerialisation) does not count.
         """
-        multiplying = num_parameters - (0 if self.tie_embeddings else self.vocab_size * self.embed_dim)
+        looked_up = (0 if self.tie_embeddings else self.vocab_size) + (self.num_positions or 0)
+        multiplying = num_parameters - looked_up * self.embed_dim
         attention = 12 * self.num_layers * self.num_heads * self.head_dim * (length + 1) / 2
         return 6 * multiplying + attention

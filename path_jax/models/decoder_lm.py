@@ -1,7 +1,9 @@
-"""Decoder language model: pre-norm blocks of a mixer and a SwiGLU MLP.
+"""Decoder language model: pre-norm blocks of a mixer and an MLP.
 
 x = x + mixer(norm(x));  x = x + mlp(norm(x));   logits = head(norm(x))
 """
+
+import functools
 
 import flax.linen as nn
 import flax.struct
@@ -9,10 +11,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from path_jax.mixers import MIXERS
 from path_jax.mixers.state import State
 from path_jax.models.config import ModelConfig
-from path_jax.nn.layers import INIT_STD, RMSNorm, SwiGLU, default_positions
+from path_jax.nn.layers import INIT_STD, GeluMLP, RMSNorm, SwiGLU, default_positions
 from path_jax.nn.taps import Tap
 from path_jax.parallel.sharding import constrain
 
@@ -28,17 +29,13 @@ class LMOutput:
     cache: LMCache | None = None
 
 
-def make_mixer(config: ModelConfig, **module_options) -> nn.Module:
-    """The mixer of a layer."""
-    return MIXERS[config.mixer](
-        num_heads=config.num_heads,
-        num_kv_heads=config.num_kv_heads,
-        head_dim=config.head_dim,
-        dtype=jnp.dtype(config.dtype),
-        implementation=config.implementation,
-        **config.mixer_options,
-        **module_options,
-    )
+def make_norm(config: ModelConfig, name: str | None = None) -> nn.Module:
+    """The norm before a mixer, an MLP or the output projection."""
+    if config.norm == "layer":
+        # The fast variance E[x^2] - E[x]^2 loses digits where the mean is large, as in GPT-2's residual stream.
+        dtype = jnp.dtype(config.dtype)
+        return nn.LayerNorm(epsilon=config.norm_eps, dtype=dtype, use_fast_variance=False, name=name)
+    return RMSNorm(config.norm_eps, name=name)
 
 
 class Block(nn.Module):
@@ -58,12 +55,13 @@ class Block(nn.Module):
         config = self.config
         dtype = jnp.dtype(config.dtype)
         x = Tap(name="resid_pre")(constrain(x, "batch", "length", "embed"))
-        mixer = make_mixer(config, name="mixer")
-        y = Tap(name="mixer_in")(RMSNorm(config.norm_eps, name="mixer_norm")(x))
+        y = Tap(name="mixer_in")(make_norm(config, "mixer_norm")(x))
+        mixer = config.make_mixer("mixer")
         y, cache = mixer(y, positions=positions, segment_ids=segment_ids, cache=cache, lengths=lengths)
         x = x + Tap(name="mixer_out")(y)
-        y = Tap(name="mlp_in")(RMSNorm(config.norm_eps, name="mlp_norm")(x))
-        x = x + Tap(name="mlp_out")(SwiGLU(config.mlp_dim, dtype, name="mlp")(y))
+        y = Tap(name="mlp_in")(make_norm(config, "mlp_norm")(x))
+        mlp = {"swiglu": SwiGLU, "gelu": GeluMLP}[config.mlp](config.mlp_dim, dtype, name="mlp")
+        x = x + Tap(name="mlp_out")(mlp(y))
         return Tap(name="resid_post")(x), cache
 
 
@@ -75,13 +73,17 @@ class DecoderLM(nn.Module):
 
     Args:
       tokens: int [B, T] in [0, V).
-      positions: int [B, T], used by rotary mixers; counted from the start of each document by default.
+      positions: int [B, T], used by rotary mixers and learned positions; counted from the start of each document by
+        default.
       segment_ids: int [B, T]: packed documents, 0 = padding.
       cache: from `models.cache.init_cache` or an earlier call, whose tokens precede these; needs scan_layers=False.
       lengths: int [B], with a cache: how many of a row's tokens are there, the others being padding behind them.
 
     Returns:
       LMOutput.
+
+    Raises:
+      ValueError: T exceeds the learned positions.
     """
 
     config: ModelConfig
@@ -104,10 +106,13 @@ class DecoderLM(nn.Module):
             self.layers = scanned(config)
         else:
             self.layers = [block(config) for _ in range(config.num_layers)]
-        self.embed = nn.Embed(
-            config.vocab_size, config.embed_dim, dtype=dtype, embedding_init=nn.initializers.normal(INIT_STD)
+        table = functools.partial(
+            nn.Embed, features=config.embed_dim, dtype=dtype, embedding_init=nn.initializers.normal(INIT_STD)
         )
-        self.final_norm = RMSNorm(config.norm_eps)
+        self.embed = table(config.vocab_size)
+        if config.num_positions:
+            self.position_embed = table(config.num_positions)
+        self.final_norm = make_norm(config)
         if not config.tie_embeddings:
             self.lm_head = Unembed(config.vocab_size)
 
@@ -122,6 +127,12 @@ class DecoderLM(nn.Module):
         if positions is None:
             positions = default_positions(tokens, segment_ids) + (0 if cache is None else cache[0].length[:, None])
         x = self.embed(tokens)
+        if num_positions := self.config.num_positions:
+            if tokens.shape[1] > num_positions:
+                raise ValueError(
+                    f"{tokens.shape[1]} tokens are more than the model's {num_positions} learned positions"
+                )
+            x += self.position_embed(positions)
         if not self.config.scan_layers:
             states = []
             for i, layer in enumerate(self.layers):

@@ -1,4 +1,4 @@
-"""Layers shared by mixers and models: norms, projections, SwiGLU, causal shifts and convolutions, rotary embedding.
+"""Layers shared by mixers and models: norms, projections, MLPs, causal shifts and convolutions, rotary embedding.
 
 Parameters are float32; `dtype` is the compute dtype. Norm statistics are always float32.
 """
@@ -57,6 +57,18 @@ class SwiGLU(nn.Module):
         gate = linear(self.mlp_dim, "gate_proj", dtype=self.dtype)(x)
         up = linear(self.mlp_dim, "up_proj", dtype=self.dtype)(x)
         return linear(x.shape[-1], "down_proj", dtype=self.dtype)(nn.silu(gate) * up)
+
+
+class GeluMLP(nn.Module):
+    """`down(gelu(up(x)))` with biases and the tanh approximation of gelu, as in GPT-2."""
+
+    mlp_dim: int
+    dtype: jnp.dtype | None = None
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        up = linear(self.mlp_dim, "up_proj", dtype=self.dtype, use_bias=True)(x)
+        return linear(x.shape[-1], "down_proj", dtype=self.dtype, use_bias=True)(nn.gelu(up, approximate=True))
 
 
 def shift(x: Float[Array, "B T *D"], distance: int, segment_ids: Int[Array, "B T"] | None = None):

@@ -1,0 +1,81 @@
+"""Evaluating a model that was not trained here: what a run's configuration would have said, from the checkpoint."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from path_jax.checkpoints import load_pretrained
+from path_jax.checkpoints.gguf import GgufFile
+from path_jax.data import (
+    ByteTokenizer,
+    Corpus,
+    DataConfig,
+    file_documents,
+    load_tokenizer,
+    opened_bytes,
+    standard_library_documents,
+    vocabulary_tokenizer,
+)
+from path_jax.models import DecoderLM, ModelConfig
+from path_jax.models.stacking import stack_layers
+
+_LENGTH = 1024  # tokens of a window, unless the model has fewer positions
+_MAX_TOKENS = 50_000  # scored of the standard library, which has millions
+
+
+class Pretrained(NamedTuple):
+    """A model and a text, as evaluators need them; `config` has the sections `data` and `evals` of a run."""
+
+    config: dict[str, Any]
+    model: DecoderLM
+    params: dict[str, Any]
+    corpus: Corpus
+
+
+def load_with_text(path: Path, data: str | None) -> Pretrained:
+    """Loads a published checkpoint, and tokenizes a text with its vocabulary.
+
+    Args:
+      path: See `load_pretrained`.
+      data: A file or directory of text; by default beginnings of the standard library's modules.
+
+    Raises:
+      FileNotFoundError: if either path does not exist.
+      ValueError: if the checkpoint is not supported, or has neither a vocabulary that is nor one of bytes.
+    """
+    config, params = load_pretrained(path)
+    encode, is_bytes = _encoder(path, config)
+    documents = standard_library_documents(encode) if data is None else file_documents(data, encode)
+    num_ids = 1 + max((int(document.tokens.max()) for document in documents if len(document.tokens)), default=-1)
+    length = min(_LENGTH, config.num_positions or _LENGTH)
+    section = DataConfig(source="stdlib", sequence_length=length)
+    if not is_bytes:  # the source of numbers that are per token, not per byte
+        section = DataConfig(
+            source="tokens", path=str(path), sequence_length=length, vocab_size=config.vocab_size, bos_id=0
+        )
+    run = dict(
+        data=dataclasses.asdict(section), evals=dict(perplexity=dict(max_tokens=_MAX_TOKENS)) if data is None else {}
+    )
+    # Scanned, because a compilation of every layer would take longer than many an evaluation.
+    model = DecoderLM(dataclasses.replace(config, scan_layers=True))
+    return Pretrained(run, model, stack_layers(params), Corpus((), documents, num_ids))
+
+
+def _encoder(path: Path, config: ModelConfig) -> tuple[Callable[[bytes], np.ndarray], bool]:
+    """Bytes -> ids, and whether those are bytes."""
+    if path.is_dir():
+        tokenizer = load_tokenizer(path)
+    else:
+        with GgufFile(path) as file:
+            vocabulary = file.vocabulary()
+        tokenizer = vocabulary and vocabulary_tokenizer(**vocabulary)
+    if tokenizer:
+        return tokenizer.encode, False
+    if config.vocab_size == 256:
+        return ByteTokenizer().encode, True  # no id is left for a document opener
+    if config.vocab_size == ByteTokenizer().vocab_size:
+        return opened_bytes, True
+    raise ValueError(f"{path} has {config.vocab_size} token ids and no tokenizer.json (or vocab.json with merges.txt)")
