@@ -25,6 +25,7 @@ _CONFIG = dict(
     head_dim="llama.attention.key_length",
     rms_norm_eps="llama.attention.layer_norm_rms_epsilon",
     rope_theta="llama.rope.freq_base",
+    eos_token_id="tokenizer.ggml.eos_token_id",
 )
 _VOCABULARY = dict(
     model="tokenizer.ggml.model",

@@ -13,6 +13,7 @@ from path_jax.data import (
     ByteTokenizer,
     Corpus,
     DataConfig,
+    LearnedTokenizer,
     file_documents,
     load_tokenizer,
     opened_bytes,
@@ -64,8 +65,12 @@ def load_with_text(path: Path, data: str | None) -> Pretrained:
     return Pretrained(run, model, stack_layers(params), Corpus((), documents, num_ids))
 
 
-def _encoder(path: Path, config: ModelConfig) -> tuple[Callable[[bytes], np.ndarray], bool]:
-    """Bytes -> ids, and whether those are bytes."""
+def tokenizer_of(path: Path, config: ModelConfig) -> ByteTokenizer | LearnedTokenizer:
+    """The vocabulary of a checkpoint, or bytes where the model has 256 ids, or 257 with a document opener.
+
+    Raises:
+      ValueError: if it has neither.
+    """
     if path.is_dir():
         tokenizer = load_tokenizer(path)
     else:
@@ -73,9 +78,16 @@ def _encoder(path: Path, config: ModelConfig) -> tuple[Callable[[bytes], np.ndar
             vocabulary = file.vocabulary()
         tokenizer = vocabulary and vocabulary_tokenizer(**vocabulary)
     if tokenizer:
-        return tokenizer.encode, False
-    if config.vocab_size == 256:
-        return ByteTokenizer().encode, True  # no id is left for a document opener
-    if config.vocab_size == ByteTokenizer().vocab_size:
-        return opened_bytes, True
+        return tokenizer
+    if config.vocab_size in (256, ByteTokenizer().vocab_size):
+        return ByteTokenizer()
     raise ValueError(f"{path} has {config.vocab_size} token ids and no tokenizer.json (or vocab.json with merges.txt)")
+
+
+def _encoder(path: Path, config: ModelConfig) -> tuple[Callable[[bytes], np.ndarray], bool]:
+    """Bytes -> ids, and whether those are bytes."""
+    tokenizer = tokenizer_of(path, config)
+    if not isinstance(tokenizer, ByteTokenizer):
+        return tokenizer.encode, False
+    has_opener = config.vocab_size == tokenizer.vocab_size
+    return opened_bytes if has_opener else tokenizer.encode, True

@@ -1,0 +1,145 @@
+"""Writes text: `python -m path_jax.generate --checkpoint=DIR_OR_FILE --prompt="Once upon a time"`.
+
+The checkpoint is a run directory of train.py, or a published one (README, "Checkpoints of others"). Tokens appear as
+they are generated. A file of prompts, one per line, is continued as one batch and printed when it is done.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+from absl import logging
+
+from path_jax.checkpoints import load_pretrained
+from path_jax.checkpoints.folders import read_json
+from path_jax.checkpoints.gguf import GgufFile
+from path_jax.data import ByteTokenizer
+from path_jax.evaluation.pretrained import tokenizer_of
+from path_jax.models import DecoderLM, ModelConfig
+from path_jax.models.config import DTYPES
+from path_jax.models.generate import generate
+
+
+def stop_tokens_of(path: Path, config: ModelConfig) -> tuple[int, ...]:
+    """Ids that end a text: `eos_token_id` of the checkpoint's configuration, or the opener of a byte-level model."""
+    if path.is_dir():
+        found = read_json(path / "config.json").get("eos_token_id")
+    else:
+        with GgufFile(path) as file:
+            found = file.config().get("eos_token_id")
+    if found is None:
+        opener = ByteTokenizer().bos_id
+        return (opener,) if config.vocab_size == opener + 1 else ()
+    ids = found if isinstance(found, list) else [found]
+    if not all(isinstance(i, int) and 0 <= i < config.vocab_size for i in ids):
+        raise ValueError(f"{path}: eos_token_id={found} is not in the vocabulary of {config.vocab_size}")
+    return tuple(ids)
+
+
+class Stream:
+    """Prints a growing text: what new ids add to it, once they make whole characters."""
+
+    def __init__(self, decode: Callable[[Sequence[int]], str], write: Callable[[str], object]):
+        """With a function from all ids to their text, and one that prints."""
+        self._decode, self._write = decode, write
+        self._ids: list[int] = []
+        self._printed = 0
+
+    def add(self, token: int) -> None:
+        """Takes the next id."""
+        self._ids.append(token)
+        text = self._decode(self._ids)
+        if not text.endswith("\ufffd"):  # a character may be spread over several ids
+            self._write(text[self._printed :])
+            self._printed = len(text)
+
+    def close(self) -> None:
+        """Prints what is left."""
+        self._write(self._decode(self._ids)[self._printed :])
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m path_jax.generate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--checkpoint", type=Path, required=True, help="run directory, published directory or .gguf file"
+    )
+    text = parser.add_mutually_exclusive_group()
+    text.add_argument("--prompt", default="", help="text to continue; without one, a new text")
+    text.add_argument("--prompts", type=Path, help="file with one prompt per line, continued together")
+    parser.add_argument("--max-new-tokens", type=int, default=200, help="per prompt (default: %(default)s)")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default)")
+    parser.add_argument("--top-k", type=int, help="sample among the k likeliest tokens only")
+    parser.add_argument("--top-p", type=float, help="sample among the fewest tokens with this probability")
+    parser.add_argument("--seed", type=int, default=0, help="of the sampling (default: %(default)s)")
+    parser.add_argument("--dtype", choices=DTYPES, help="of parameters, computation and cache (default: float32)")
+    parser.add_argument("--ignore-eos", action="store_true", help="go on after the end of the text")
+    return parser
+
+
+def run(args: argparse.Namespace, write: Callable[[str], object]) -> None:
+    """Generates as the parsed arguments say; `write` prints."""
+    config, params = load_pretrained(args.checkpoint, args.dtype)
+    tokenizer = tokenizer_of(args.checkpoint, config)
+    texts = [args.prompt] if args.prompts is None else args.prompts.read_text().splitlines()
+    if not texts:
+        raise ValueError(f"{args.prompts} has no prompts")
+    stop_tokens = stop_tokens_of(args.checkpoint, config)
+    is_opened = isinstance(tokenizer, ByteTokenizer) and config.vocab_size == tokenizer.vocab_size
+    opener = stop_tokens[:1] if is_opened else ()
+    prompts = [[*opener, *tokenizer.encode(text).tolist()] or list(stop_tokens[:1]) for text in texts]
+    if not all(prompts):
+        raise ValueError("the prompt is empty, and the checkpoint names no token to start a text with")
+    stream = Stream(tokenizer.decode, write)
+    start = first = time.perf_counter()
+    count = 0
+
+    def on_token(tokens, running):
+        nonlocal first, count
+        first = first if count else time.perf_counter()
+        count += len(tokens)
+        if args.prompts is None and tokens[0] not in stop_tokens:
+            stream.add(int(tokens[0]))
+
+    if args.prompts is None:
+        write(args.prompt)
+    out = generate(
+        DecoderLM(config), params, prompts, max_new_tokens=args.max_new_tokens, temperature=args.temperature,
+        top_k=args.top_k, top_p=args.top_p, rng=jax.random.key(args.seed), on_token=on_token,
+        stop_token=None if args.ignore_eos or not stop_tokens else stop_tokens,
+    )  # fmt: skip
+    if args.prompts is None:
+        stream.close()
+        write("\n")
+    else:
+        for text, prompt, row in zip(texts, prompts, np.asarray(out)):
+            new = row[len(prompt) : len(prompt) + args.max_new_tokens]
+            end = next((i for i, token in enumerate(new) if token in stop_tokens and not args.ignore_eos), len(new))
+            write(f"{text}{tokenizer.decode(new[:end])}\n")
+    seconds = time.perf_counter() - first
+    speed = f", {(count - len(prompts)) / seconds:.1f} tokens/s" if count > len(prompts) else ""
+    print(f"first token after {first - start:.1f} s, compilation included{speed}", file=sys.stderr)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Prints one line and exits with status 1 for input that cannot work."""
+    args = _parser().parse_args(argv)
+    logging.set_verbosity(logging.WARNING)
+
+    def write(text):
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
+    try:
+        run(args, write)
+    except (ValueError, OSError, NotImplementedError, ImportError) as error:
+        sys.exit(f"generate: {error}")
+
+
+if __name__ == "__main__":
+    main()
