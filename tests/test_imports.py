@@ -20,12 +20,13 @@ ALLOWED = {
     "path_jax.data": [],
     "path_jax.checkpoints": ["path_jax.models", "path_jax.parallel"],
     "path_jax.checkpoints.__main__": ["path_jax"],
-    "path_jax.training": [f"path_jax.{p}" for p in ("models", "data", "parallel", "checkpoints", "metrics")],
+    "path_jax.training": [f"path_jax.{p}" for p in ("models", "data", "parallel", "checkpoints", "metrics", "nn.taps")],
     "path_jax.evaluation": [
         f"path_jax.{p}" for p in ("models", "data", "parallel", "checkpoints", "metrics", "nn.taps")
     ],
     "path_jax.evaluation.run_report": ["path_jax"],
     "path_jax.nnx": [],
+    "path_jax.generate": ["path_jax"],
     "configs": ["configs"],
     "benchmarks": [],
     "benchmarks.tpu_cases": ["benchmarks", "pallas_kernels"],

@@ -13,6 +13,7 @@ from path_jax.data import Corpus, DataConfig, make_corpus
 from path_jax.models import DecoderLM, ModelConfig
 from path_jax.models.decoder_lm import count_parameters
 from path_jax.parallel.mesh import make_mesh
+from path_jax.training.conversion import ConversionConfig
 from path_jax.training.optim import OptimConfig, make_schedule
 
 
@@ -59,17 +60,20 @@ class Experiment:
     train: TrainConfig
     mesh: jax.sharding.Mesh
     corpus: Corpus
+    conversion: ConversionConfig | None = None
 
 
 def make_experiment(config: Mapping[str, Any]) -> Experiment:
-    """Checks a resolved configuration (sections model, data, optim, mesh, train, evals) and reads its corpus.
+    """Checks a resolved configuration and reads its corpus.
+
+    Sections are model, data, optim, mesh, train, evals and, for a conversion, conversion.
 
     Raises:
       ValueError: for a section, key or value that does not fit, naming it.
       FileNotFoundError: for a missing corpus.
     """
     sections = {"model", "data", "optim", "mesh", "train", "evals"}
-    if set(config) != sections:
+    if set(config) - {"conversion"} != sections:
         raise ValueError(f"config has sections {sorted(config)}, expected {sorted(sections)}")
 
     def build(cls, section):
@@ -98,7 +102,8 @@ def make_experiment(config: Mapping[str, Any]) -> Experiment:
         raise ValueError(
             f"model.vocab_size={model_config.vocab_size} is less than the corpus needs: {corpus.vocab_size}"
         )
-    return Experiment(dict(config), model, data, optim, train, mesh, corpus)
+    conversion = build(ConversionConfig, "conversion") if "conversion" in config else None
+    return Experiment(dict(config), model, data, optim, train, mesh, corpus, conversion)
 
 
 def prepare_workdir(workdir: Path, experiment: Experiment) -> Path:

@@ -17,8 +17,9 @@ from path_jax.checkpoints.native import Checkpointer
 from path_jax.data import make_iterator
 from path_jax.metrics import MetricsFile
 from path_jax.parallel.sharding import batch_sharding
+from path_jax.training.conversion import load, start_from
 from path_jax.training.experiment import Experiment, TrainConfig, prepare_workdir
-from path_jax.training.objectives import language_modelling
+from path_jax.training.objectives import distillation, language_modelling, mixer_imitation
 from path_jax.training.optim import make_optimizer, make_schedule
 from path_jax.training.progress import StepLogger, TrainingProgress
 from path_jax.training.state import abstract_state, sharded_state
@@ -53,9 +54,10 @@ def run(experiment: Experiment, workdir: str | Path, evaluators: Mapping[str, Ca
         experiment.data, experiment.corpus.train, process_index=jax.process_index(), process_count=jax.process_count()
     )
     workdir = prepare_workdir(Path(workdir), experiment)
-    optimizer = make_optimizer(experiment.optim, train.num_steps)
+    conversion = experiment.conversion
+    optimizer = make_optimizer(experiment.optim, train.num_steps, conversion and conversion.trained)
     schedule = make_schedule(experiment.optim, train.num_steps)
-    objective = language_modelling(experiment.model, z_loss=train.z_loss, chunk_size=train.loss_chunk)
+    objective, frozen = _objective(experiment)
 
     checkpointer = Checkpointer(workdir, train.keep_checkpoints)
     target = abstract_state(experiment.model, optimizer, train.seed, mesh)
@@ -64,7 +66,7 @@ def run(experiment: Experiment, workdir: str | Path, evaluators: Mapping[str, Ca
         if start:
             state = checkpointer.restore(start, target, iterator)
         else:
-            state = sharded_state(experiment.model, optimizer, train.seed, mesh)
+            state = _first_state(experiment, optimizer)
         shardings = jax.tree.map(lambda x: x.sharding, target)
         train_step = jax.jit(
             make_train_step(objective, optimizer, train.accumulate), donate_argnums=0, out_shardings=(shardings, None)
@@ -80,7 +82,7 @@ def run(experiment: Experiment, workdir: str | Path, evaluators: Mapping[str, Ca
                     batch = jax.tree.map(
                         lambda x: jax.make_array_from_process_local_data(batch_sharding(mesh), x), next(iterator)
                     )
-                    state, sums = train_step(state, batch)
+                    state, sums = train_step(state, batch, *frozen)
                     step += 1
                     logger.add(step, sums)
                     if step % train.save_every == 0:
@@ -98,6 +100,29 @@ def run(experiment: Experiment, workdir: str | Path, evaluators: Mapping[str, Ca
             evals.close()
     interrupted = step < train.num_steps
     return RunResult(step, state.params, metrics.records, interrupted, checkpointer.directory / str(step))
+
+
+def _objective(experiment: Experiment):
+    """What is minimised, and what a step needs for it besides state and batch."""
+    train, conversion, model = experiment.train, experiment.conversion, experiment.model
+    if conversion is None or conversion.stage == "lm":
+        return language_modelling(model, z_loss=train.z_loss, chunk_size=train.loss_chunk), ()
+    teacher, params = load(conversion.teacher, model.config, experiment.mesh)
+    if conversion.stage == "mse":
+        return mixer_imitation(model, teacher), (params,)
+    return distillation(model, teacher, chunk_size=train.loss_chunk), (params,)
+
+
+def _first_state(experiment: Experiment, optimizer):
+    """Fresh parameters, or those of the checkpoint that a conversion starts from."""
+    state = sharded_state(experiment.model, optimizer, experiment.train.seed, experiment.mesh)
+    if (conversion := experiment.conversion) is None:
+        return state
+    _, source = load(conversion.start or conversion.teacher, experiment.model.config, experiment.mesh)
+    params, missing = start_from(state.params, source)
+    if conversion.start and missing:
+        raise ValueError(f"{conversion.start} has no {', '.join(missing)} of the model's shape")
+    return state.replace(params=params)
 
 
 class _ProfilerWindow:

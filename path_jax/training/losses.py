@@ -37,18 +37,41 @@ def next_token_loss(
         loss, squared = token_losses(unembed(hidden), targets)
         return jnp.sum(loss * weights), jnp.sum(squared * weights)
 
-    length = hidden.shape[1]
+    return *_sum_over_chunks(sums, (hidden, targets, weights), chunk_size), weights.sum()
+
+
+def teacher_divergence(
+    unembed: Callable,
+    hidden: Float[Array, "B T D"],
+    teacher_unembed: Callable,
+    teacher_hidden: Float[Array, "B T D"],
+    weights: Float[Array, "B T"],
+    *,
+    chunk_size: int = 0,
+):
+    """Sum of weight * KL(teacher's next-token distribution || ours) in nats, and the sum of weights.
+
+    Arguments as for `next_token_loss`.
+    """
+
+    def sums(hidden, teacher_hidden, weights):
+        ours, theirs = (jax.nn.log_softmax(x) for x in (unembed(hidden), teacher_unembed(teacher_hidden)))
+        return (jnp.sum(weights * jnp.sum(jnp.exp(theirs) * (theirs - ours), axis=-1)),)
+
+    return *_sum_over_chunks(sums, (hidden, teacher_hidden, weights), chunk_size), weights.sum()
+
+
+def _sum_over_chunks(sums, arrays, chunk_size):
+    """`sums(*arrays)`, chunk by chunk along axis 1 where a size is given."""
+    length = arrays[0].shape[1]
     if not chunk_size or chunk_size >= length:
-        return *sums(hidden, targets, weights), weights.sum()
+        return sums(*arrays)
 
     def chunks(x):
         x = jnp.pad(x, [(0, 0), (0, -length % chunk_size)] + [(0, 0)] * (x.ndim - 2))
         return jnp.moveaxis(x.reshape(x.shape[0], -1, chunk_size, *x.shape[2:]), 1, 0)
 
-    def body(total, chunk):
-        loss, squared = jax.checkpoint(sums)(*chunk)
-        return (total[0] + loss, total[1] + squared), None
-
-    zero = jnp.zeros((), jnp.float32)
-    (loss, squared), _ = jax.lax.scan(body, (zero, zero), (chunks(hidden), chunks(targets), chunks(weights)))
-    return loss, squared, weights.sum()
+    cut = tuple(chunks(x) for x in arrays)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(sums, *(x[0] for x in cut)))
+    add = lambda total, chunk: (jax.tree.map(jnp.add, total, jax.checkpoint(sums)(*chunk)), None)
+    return jax.lax.scan(add, zeros, cut)[0]

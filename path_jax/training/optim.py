@@ -59,8 +59,8 @@ def decay_mask(params):
     return jax.tree_util.tree_map_with_path(lambda path, _: bool(_DECAYED.search(path_name(path))), params)
 
 
-def make_optimizer(config: OptimConfig, num_steps: int) -> optax.GradientTransformation:
-    """Clipping, then AdamW on the schedule."""
+def make_optimizer(config: OptimConfig, num_steps: int, trained: str | None = None) -> optax.GradientTransformation:
+    """Clipping, then AdamW on the schedule, for the parameters whose path matches `trained`; None: for all."""
     adamw = optax.adamw(
         make_schedule(config, num_steps),
         b1=config.b1,
@@ -69,4 +69,9 @@ def make_optimizer(config: OptimConfig, num_steps: int) -> optax.GradientTransfo
         weight_decay=config.weight_decay,
         mask=decay_mask,
     )
-    return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw) if config.clip_norm else adamw
+    optimizer = optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw) if config.clip_norm else adamw
+    if trained is None:
+        return optimizer
+    label = lambda path, _: "trained" if re.search(trained, path_name(path)) else "frozen"
+    labels = lambda params: jax.tree_util.tree_map_with_path(label, params)
+    return optax.partition({"trained": optimizer, "frozen": optax.set_to_zero()}, labels)

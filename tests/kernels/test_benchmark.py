@@ -50,6 +50,7 @@ def test_grouped_heads_share_the_linear_stage():
     )
 
 
+@pytest.mark.slow
 def test_memory_grows_like_t_log_t():
     for (_, operation), (_, growth) in ratios("memory", "--lengths=4096", "--heads=1").items():
         assert growth <= 2.4, operation

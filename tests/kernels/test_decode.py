@@ -98,13 +98,13 @@ def test_pieces_equal_the_whole(kind):
 def test_kernel_equals_xla(kind, width):
     """Rows of different lengths, in float32 and, up to the rounding of queries and weights, in bfloat16."""
     shape, options = KINDS.get(kind, (dict(gate=0.057), dict(prune=1e-4)))
-    inputs = random_inputs(13, 530, **SHAPE, **shape)
+    inputs = random_inputs(13, 330, **SHAPE, **shape)
     inputs["q"] *= 0.02 if kind == "pruned" else 1
     for dtype, tolerance in (("float32", 1e-5), ("bfloat16", 1e-2)):
         inputs = cast(inputs, "float32")
-        cache = make_cache(inputs, 530, dtype=dtype)
+        cache = make_cache(inputs, 330, dtype=dtype)
         decoder = Decoder(inputs, cache, implementation="xla", **options)
-        decoder.feed([130, 500], 500)
+        decoder.feed([130, 300], 300)
         piece = cut(inputs, decoder.starts, [width, width], width)
         expected, _ = decoder.extend(jax.tree.map(jnp.copy, decoder.cache), jnp.full(2, width), piece)
         with interpret():
