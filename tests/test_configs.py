@@ -18,7 +18,14 @@ VARIANTS = [(lm_path, mixer) for mixer in ("path_fox", "path")] + [
 IDS = [mixer for _, mixer in VARIANTS]
 
 
-@pytest.mark.parametrize("module, mixer", VARIANTS, ids=IDS)
+@pytest.mark.parametrize(
+    "module, mixer",
+    # One per class and set of options; the others differ by a gate or a rotation, and have tests of their mixers.
+    [
+        pytest.param(*v, id=v[1], marks=[] if v[1] in ("path_fox", "fox_pro", "rope") else pytest.mark.slow)
+        for v in VARIANTS
+    ],
+)
 def test_debug_variant_trains_two_steps(module, mixer, tmp_path):
     config = module.get_config(f"size=debug,mixer={mixer}")
     config.train.num_steps = 2

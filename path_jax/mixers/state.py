@@ -3,10 +3,11 @@
 from collections.abc import Mapping
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import init_cache
+from pallas_kernels import PagePool, init_cache
 from pallas_kernels.cache import Cache
 
 
@@ -50,3 +51,35 @@ def lengths_of(x: Float[Array, "B T D"], state: State | None, segment_ids, lengt
     if segment_ids is not None:
         raise ValueError("with a cache every row is one document: pass lengths instead of segment_ids")
     return jnp.full(x.shape[0], x.shape[1], jnp.int32) if lengths is None else lengths
+
+
+class StatePages:
+    """`pallas_kernels.PagePool` for a whole state: histories follow their rows. Errors are those of the pool."""
+
+    def __init__(self, state: State):
+        """For a state without tokens whose cache has `num_pages`."""
+        self._pool = PagePool(state.attention)
+
+    @property
+    def num_used(self) -> int:
+        """Pages that some row uses."""
+        return self._pool.num_used
+
+    @property
+    def num_free(self) -> int:
+        """Pages that no row uses."""
+        return self._pool.num_free
+
+    def reserve(self, state: State, new_tokens) -> State:
+        """Pages for `new_tokens` more tokens per row, an int or one per row."""
+        return state._replace(attention=self._pool.reserve(state.attention, new_tokens))
+
+    def fork(self, state: State, parent: int, child: int) -> State:
+        """Makes the empty row `child` a copy of row `parent` that shares its full pages."""
+        history = jax.tree.map(lambda x: x.at[child].set(x[parent]), state.history)
+        return State(self._pool.fork(state.attention, parent, child), history)
+
+    def release(self, state: State, row: int) -> State:
+        """Empties a row; pages that nobody else uses become free."""
+        history = jax.tree.map(lambda x: x.at[row].set(0), state.history)
+        return State(self._pool.release(state.attention, row), history)

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from path_jax.mixers.state import StatePages
 from path_jax.models.config import ModelConfig
 from path_jax.models.decoder_lm import LMCache
 from path_jax.models.stacking import unstack_layers
@@ -33,3 +34,38 @@ def unrolled(config: ModelConfig, params) -> tuple[ModelConfig, dict]:
     if not config.scan_layers:
         return config, params
     return dataclasses.replace(config, scan_layers=False), unstack_layers(params)
+
+
+class CachePages:
+    """Shares pages between the rows of a cache made with `init_cache(..., num_pages=P)`.
+
+    Two requests with one beginning: read it in row 0, `fork` row 0 to row 1, go on with both; their pages of whole
+    superchunks exist once. A method returns what takes the place of its argument, which it may consume. Every layer has
+    its own `mixers.state.StatePages`; all do the same.
+    """
+
+    def __init__(self, cache: LMCache):
+        """For a cache without tokens."""
+        self._layers = [StatePages(state) for state in cache]
+
+    @property
+    def num_used(self) -> int:
+        """Pages in use, per layer."""
+        return self._layers[0].num_used
+
+    @property
+    def num_free(self) -> int:
+        """Pages that are left, per layer."""
+        return self._layers[0].num_free
+
+    def reserve(self, cache: LMCache, new_tokens) -> LMCache:
+        """Pages for `new_tokens` more tokens per row, an int or one per row."""
+        return tuple(layer.reserve(state, new_tokens) for layer, state in zip(self._layers, cache))
+
+    def fork(self, cache: LMCache, parent: int, child: int) -> LMCache:
+        """Makes the empty row `child` a copy of row `parent` that shares its full pages."""
+        return tuple(layer.fork(state, parent, child) for layer, state in zip(self._layers, cache))
+
+    def release(self, cache: LMCache, row: int) -> LMCache:
+        """Empties a row; pages that nobody else uses become free."""
+        return tuple(layer.release(state, row) for layer, state in zip(self._layers, cache))

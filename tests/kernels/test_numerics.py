@@ -61,7 +61,7 @@ def report(record_property, errors):
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("regime", BETA)
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("head_dim", [64, pytest.param(128, marks=pytest.mark.slow)])
 def test_output_and_gradients(head_dim, regime, implementation, record_property):
     inputs = rounded_inputs(1, 1024, head_dim, BETA[regime], gate=0.05)
     do, dlse = random_cotangents(2, inputs)

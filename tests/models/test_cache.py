@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from path_jax.models import DecoderLM, ModelConfig
-from path_jax.models.cache import init_cache, unrolled
+from path_jax.models.cache import CachePages, init_cache, unrolled
 
 SHAPE = dict(vocab_size=31, num_layers=2, embed_dim=32, num_heads=4, num_kv_heads=2, mlp_dim=64)
 VARIANTS = {
@@ -52,3 +52,34 @@ def test_pieces_equal_the_whole(variant):
 def test_rows_are_no_longer_than_learned_positions():
     with pytest.raises(ValueError, match="90 learned positions"):
         init_cache(ModelConfig(**SHAPE | VARIANTS["gpt2"]), 1, 91)
+
+
+@pytest.mark.parametrize("variant", ["path_fox", pytest.param("fox pro", marks=pytest.mark.slow)])
+def test_requests_share_their_beginning(variant):
+    """2048 tokens once, then two continuations as if each had been alone; a released row starts anew."""
+    config = ModelConfig(**SHAPE | VARIANTS[variant], scan_layers=False)
+    model, rng = DecoderLM(config), np.random.default_rng(2)
+    shared, ends = rng.integers(0, 31, 2048), rng.integers(0, 31, (2, 20))
+    tokens = np.stack([np.concatenate([shared, end]) for end in ends]).astype(np.int32)
+    params = jax.jit(model.init)(jax.random.key(0), tokens[:, :4])["params"]
+    apply = jax.jit(lambda tokens, **keywords: model.apply({"params": params}, tokens, **keywords))
+    open_of_parent = lambda cache: [np.asarray(x[0]) for state in cache for x in jax.tree.leaves(state.attention.open)]
+
+    cache = init_cache(config, 2, 2176, superchunk=128, num_pages=18)
+    pages = CachePages(cache)
+    cache = apply(tokens[:, :2048], cache=pages.reserve(cache, [2048, 0]), lengths=jnp.array([2048, 0])).cache
+    assert pages.num_used == 16
+    parent = open_of_parent(cache)
+    cache = pages.reserve(pages.fork(cache, 0, 1), 20)
+    assert (pages.num_used, pages.num_free) == (18, 0)
+    child = apply(tokens[:, 2048:], cache=cache, lengths=jnp.array([0, 20]))
+    jax.tree.map(np.testing.assert_array_equal, open_of_parent(child.cache), parent)
+    both = apply(tokens[:, 2048:], cache=child.cache, lengths=jnp.array([20, 0]))
+    expected = apply(tokens).logits[:, 2048:]
+    np.testing.assert_allclose(child.logits[1], expected[1], atol=1e-5)
+    np.testing.assert_allclose(both.logits[0], expected[0], atol=1e-5)
+
+    cache = pages.release(both.cache, 0)
+    assert pages.num_used == 17
+    anew = apply(tokens[:, :20], cache=pages.reserve(cache, [20, 0]), lengths=jnp.array([20, 0]))
+    np.testing.assert_allclose(anew.logits[0], apply(tokens[:, :20]).logits[0], atol=1e-5)

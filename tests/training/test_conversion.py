@@ -70,6 +70,7 @@ def test_a_copy_of_the_teacher_has_nothing_to_learn(teacher, tmp_path, stage, sc
     assert abs(result.records[0]["loss"]) < 1e-6
 
 
+@pytest.mark.slow
 def test_stages_follow_each_other(teacher, tmp_path):
     convert("mse", tmp_path / "mse", teacher=teacher)
     convert("kl", tmp_path / "kl", teacher=teacher, start=tmp_path / "mse")
