@@ -1,8 +1,10 @@
 """The step tables of the TPU kernels against the definition of what attention must compute."""
 
+import jax
 import numpy as np
 import pytest
 
+from pallas_kernels.blockwise.tpu import tuning
 from pallas_kernels.blockwise.tpu.schedule import (
     BLOCK,
     DIAGONAL,
@@ -21,6 +23,7 @@ from pallas_kernels.blockwise.tpu.schedule import (
     backward_steps,
     forward_steps,
 )
+from pallas_kernels.call import Inputs
 
 SIZE = 4  # tokens per superchunk
 SHAPES = [(1, 1), (2, 2), (5, 5), (8, 8), (1, 6), (3, 8)]  # superchunks of queries and of keys
@@ -92,3 +95,15 @@ def check_group(steps, fields, first, last, contiguous):
         assert [bool(steps[n][FLAGS] & last) for n in where] == [n == where[-1] for n in where]
         if contiguous:
             assert where == list(range(where[0], where[-1] + 1))
+
+
+def test_superchunks_shrink_with_the_query_heads_of_a_group():
+    """VMEM holds all heads of a group in the backward pass of PaTH; FoX streams them."""
+
+    def size(group, path=True, dtype="bfloat16", length=8192):
+        q, k = (jax.ShapeDtypeStruct((1, length, heads, 128), dtype) for heads in (group, 1))
+        return tuning.superchunk(Inputs(q, k, k, k if path else None, None, None, None))
+
+    assert tuning.chip().name == "v5e"  # assumed where no TPU is
+    assert [size(1), size(8), size(32), size(32, path=False)] == [1024, 1024, 512, 1024]
+    assert [size(1, dtype="float32"), size(1, length=1100)] == [256, 256]

@@ -31,7 +31,7 @@ def refuses(call: AttentionCall) -> str | None:
     if w is not None and w.dtype not in (jnp.bfloat16, jnp.float32):
         return f"w must be bfloat16 or float32, got {w.dtype}"
     if w is not None:
-        chip, size = tuning.chip(), layout.geometry(call.inputs, tuning.superchunk(k.shape[1], q.dtype))
+        chip, size = tuning.chip(), layout.geometry(call.inputs, tuning.superchunk(call.inputs))
         needed = stack_bytes(size.num_keys, layout.padded(k.shape[3])) / 2**20
         if needed > 0.7 * chip.vmem:
             return f"the tree over {k.shape[1]} tokens needs {needed:.0f} MiB, {chip.name} has {chip.vmem}"
@@ -143,7 +143,7 @@ def _attention_forward(setting, q, k, partial=None):
 
 def forward(options: Options, inputs: Inputs):
     """Output [B, T, N, Hv] in q's dtype, lse [B, N, T] float32, and what to keep of the superchunks' linear stage."""
-    sizes = _sizes(inputs, "forward")
+    sizes = tuning.sizes(inputs, "forward")
     keeps = options.keep_versions and inputs.w is not None
 
     def shard(inputs):
@@ -161,7 +161,7 @@ def forward(options: Options, inputs: Inputs):
 
 def backward(options: Options, inputs: Inputs, out, lse, kept, dout, dlse):
     """Cotangents of the inputs."""
-    sizes = _sizes(inputs, "backward")
+    sizes = tuning.sizes(inputs, "backward")
 
     def shard(inputs, *others):
         results = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), inputs._replace(segment_ids=None))
@@ -169,10 +169,6 @@ def backward(options: Options, inputs: Inputs, out, lse, kept, dout, dlse):
 
     axes = (_axes(inputs), "b.n.", "bn.", None if kept is None else _KEPT_AXES, "b.n.", "bn.")
     return _split(shard, options, (inputs, out, lse, kept, dout, dlse), axes, _axes(inputs._replace(segment_ids=None)))
-
-
-def _sizes(inputs, direction):
-    return tuning.sizes(inputs.k.shape[1], inputs.q.shape[3], inputs.q.dtype, direction)
 
 
 def _kept(inputs, size):

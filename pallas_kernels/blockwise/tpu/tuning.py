@@ -10,6 +10,9 @@ import math
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
+
+from pallas_kernels.call import Inputs
 
 TABLE = Path(__file__).with_name("keys.json")
 _KEYS = json.loads(TABLE.read_text())
@@ -51,15 +54,30 @@ def chip() -> Chip:
     return _CHIPS.get(_KINDS.get(name, name), _CHIPS[_DEFAULT])
 
 
-def superchunk(length: int, dtype) -> int:
-    """Tokens per superchunk: as many as padding the sequence by at most 15 % allows.
+def superchunk(inputs: Inputs) -> int:
+    """Tokens per superchunk: as many as VMEM has room for and padding the sequence by at most 15 % allows.
 
     float32 products take six passes over the MXU, and twice the VMEM: at most 256 tokens.
     """
-    largest = chip().superchunk if dtype.itemsize == 2 else 256
+    largest = chip().superchunk if inputs.q.dtype.itemsize == 2 else 256
+    length = inputs.k.shape[1]
     smallest = -(-length // 128) * 128
-    sizes = [size for size in (1024, 512, 256, 128) if size <= largest]
+    sizes = [size for size in (1024, 512, 256, 128) if size <= largest and _has_room(inputs, size)] or [128]
     return next(size for size in sizes if -(-length // size) * size <= 1.15 * smallest)
+
+
+def _has_room(inputs, size):
+    """Whether the superchunk kernels of PaTH fit; their backward pass holds each query head of a group.
+
+    They take 15 MiB and 4 per query head for 1024 tokens, heads of 128 and bfloat16, which the compiler reports to
+    within a tenth.
+    """
+    if inputs.w is None:
+        return True
+    group = inputs.q.shape[2] // inputs.k.shape[2]
+    width = -(-max(inputs.q.shape[3], inputs.v.shape[3]) // 128)
+    itemsize = jnp.promote_types(inputs.q.dtype, inputs.w.dtype).itemsize
+    return 1.1 * (15 + 4 * group) * (size / 1024) * width * (itemsize / 2) <= chip().vmem
 
 
 def keys(length: int, head_dim: int, direction: str) -> int:
@@ -82,10 +100,10 @@ class Sizes:
     keys: int
 
 
-def sizes(length: int, head_dim: int, dtype, direction: str) -> Sizes:
-    """Sizes for `length` keys in the direction "forward" or "backward"."""
-    chunk = superchunk(length, dtype)
-    return Sizes(chip(), chunk, min(keys(length, head_dim, direction), chunk))
+def sizes(inputs: Inputs, direction: str) -> Sizes:
+    """Sizes of a call in the direction "forward" or "backward"."""
+    chunk = superchunk(inputs)
+    return Sizes(chip(), chunk, min(keys(inputs.k.shape[1], inputs.q.shape[3], direction), chunk))
 
 
 def force_keys(count: int):
