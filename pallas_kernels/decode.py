@@ -137,6 +137,7 @@ def _extend_round(cache: Cache, x: Inputs, count, options: Options, implementati
     groups, superchunk = num_heads // x.k.shape[2], cache.superchunk
     page, offset = cache.length // superchunk, cache.length % superchunk
     page_id = jnp.take_along_axis(cache.table, page[:, None], axis=1, mode="clip")[:, 0]
+    page_id = jnp.where(page < cache.table.shape[1], page_id, cache.k.shape[0])  # full rows write nowhere
     # All writing comes before all reading, so that it can be done in place. What closes now is not yet read as closed.
     cache = _store(cache, x, page_id, offset, count)
     if cache.open is not None:
@@ -166,8 +167,8 @@ def _extend_round(cache: Cache, x: Inputs, count, options: Options, implementati
         )  # fmt: skip
         state = state.merge(out, lse)
     out = jnp.moveaxis(state.result()[0], 3, 1).reshape(batch, width, num_heads, -1)
-    out = jnp.where((jnp.arange(width) < count[:, None])[..., None, None], out, 0)
     out = jnp.where((page_id < cache.k.shape[0])[:, None, None, None], out, jnp.nan)
+    out = jnp.where((jnp.arange(width) < count[:, None])[..., None, None], out, 0)
     return out, cache._replace(length=cache.length + count)
 
 

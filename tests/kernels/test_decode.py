@@ -152,6 +152,18 @@ def test_float64_is_kept():
         np.testing.assert_allclose(out, full(inputs, implementation="reference"), atol=1e-12)
 
 
+@pytest.mark.parametrize("length", [0, 5])
+def test_full_rows_change_no_page(length):
+    """Neither by tokens that do not fit nor by a call that brings them none: other rows may share the page."""
+    inputs = cast(random_inputs(14, 128, **SHAPE), "float32")
+    _, cache = extend(make_cache(inputs, 128), **inputs)
+    pieces = jax.tree.map(lambda x: x[:, :5], inputs)
+    out, after = extend(cache, **pieces, lengths=jnp.full(2, length))
+    assert np.isnan(out).all() if length else not np.asarray(out).any()
+    for name in ("k", "v", "key_norm", "gate", "products"):
+        np.testing.assert_array_equal(getattr(after, name), getattr(cache, name), name)
+
+
 @pytest.mark.parametrize("path", [True, False])
 def test_a_step_copies_no_more_than_a_page(path):
     inputs = cast(random_inputs(6, 1, heads=2, kv_heads=2, head_dim=32, path=path), "float32")
