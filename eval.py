@@ -11,8 +11,6 @@ import json
 import sys
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 from absl import app, flags, logging
 from rich.console import Console
 
@@ -23,6 +21,7 @@ from path_jax.evaluation.pretrained import load_with_text
 from path_jax.evaluation.run_report import length_curve, results_table
 from path_jax.evaluation.runner import make_evaluators, run
 from path_jax.models import DecoderLM, ModelConfig
+from path_jax.models.decoder_lm import abstract_params
 
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Directory of the run, or a published checkpoint.", required=True)
 _EVALS = flags.DEFINE_list("evals", None, "Evaluators; those of the run's configuration by default.")
@@ -44,8 +43,7 @@ def _load_corpus(data: DataConfig, names) -> Corpus:
 def _load_run(workdir: Path, config: dict, names: list[str]):
     model = DecoderLM(ModelConfig(**config["model"]))
     corpus = _load_corpus(DataConfig(**config["data"]), names)
-    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
-    return model, restore_params(workdir, shapes), corpus
+    return model, restore_params(workdir, abstract_params(model.config)), corpus
 
 
 def _evaluate() -> None:

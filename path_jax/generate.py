@@ -15,51 +15,33 @@ import numpy as np
 from absl import logging
 
 from path_jax.checkpoints import load_pretrained
-from path_jax.checkpoints.folders import read_json
-from path_jax.checkpoints.gguf import GgufFile
 from path_jax.data import ByteTokenizer
-from path_jax.evaluation.pretrained import tokenizer_of
-from path_jax.models import DecoderLM, ModelConfig
+from path_jax.evaluation.pretrained import vocabulary_of
+from path_jax.models import DecoderLM
 from path_jax.models.config import DTYPES
 from path_jax.models.generate import generate
-
-
-def stop_tokens_of(path: Path, config: ModelConfig) -> tuple[int, ...]:
-    """Ids that end a text: `eos_token_id` of the checkpoint's configuration, or the opener of a byte-level model."""
-    if path.is_dir():
-        found = read_json(path / "config.json").get("eos_token_id")
-    else:
-        with GgufFile(path) as file:
-            found = file.config().get("eos_token_id")
-    if found is None:
-        opener = ByteTokenizer().bos_id
-        return (opener,) if config.vocab_size == opener + 1 else ()
-    ids = found if isinstance(found, list) else [found]
-    if not all(isinstance(i, int) and 0 <= i < config.vocab_size for i in ids):
-        raise ValueError(f"{path}: eos_token_id={found} is not in the vocabulary of {config.vocab_size}")
-    return tuple(ids)
 
 
 class Stream:
     """Prints a growing text: what new ids add to it, once they make whole characters."""
 
     def __init__(self, decode: Callable[[Sequence[int]], str], write: Callable[[str], object]):
-        """With a function from all ids to their text, and one that prints."""
+        """With a function from ids to their text, and one that prints."""
         self._decode, self._write = decode, write
-        self._ids: list[int] = []
-        self._printed = 0
+        self._last: list[int] = []  # the ids printed last: a decoder may read the first of a text differently
+        self._new: list[int] = []
 
     def add(self, token: int) -> None:
         """Takes the next id."""
-        self._ids.append(token)
-        text = self._decode(self._ids)
+        self._new.append(token)
+        text = self._decode(self._last + self._new)
         if not text.endswith("\ufffd"):  # a character may be spread over several ids
-            self._write(text[self._printed :])
-            self._printed = len(text)
+            self._write(text[len(self._decode(self._last)) :])
+            self._last, self._new = self._new, []
 
     def close(self) -> None:
         """Prints what is left."""
-        self._write(self._decode(self._ids)[self._printed :])
+        self._write(self._decode(self._last + self._new)[len(self._decode(self._last)) :])
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -85,11 +67,10 @@ def _parser() -> argparse.ArgumentParser:
 def run(args: argparse.Namespace, write: Callable[[str], object]) -> None:
     """Generates as the parsed arguments say; `write` prints."""
     config, params = load_pretrained(args.checkpoint, args.dtype)
-    tokenizer = tokenizer_of(args.checkpoint, config)
+    tokenizer, stop_tokens = vocabulary_of(args.checkpoint, config)
     texts = [args.prompt] if args.prompts is None else args.prompts.read_text().splitlines()
     if not texts:
         raise ValueError(f"{args.prompts} has no prompts")
-    stop_tokens = stop_tokens_of(args.checkpoint, config)
     is_opened = isinstance(tokenizer, ByteTokenizer) and config.vocab_size == tokenizer.vocab_size
     opener = stop_tokens[:1] if is_opened else ()
     prompts = [[*opener, *tokenizer.encode(text).tolist()] or list(stop_tokens[:1]) for text in texts]

@@ -30,7 +30,8 @@ from path_jax.checkpoints.names import (
 )
 from path_jax.checkpoints.native import restore_params, save_params, write_config
 from path_jax.checkpoints.shards import TensorFiles, write_tensors
-from path_jax.models import DecoderLM, ModelConfig
+from path_jax.models import ModelConfig
+from path_jax.models.decoder_lm import abstract_params
 from path_jax.models.stacking import unstack_layers
 from path_jax.parallel.sharding import parameter_spec, tree_shardings
 
@@ -128,9 +129,7 @@ def _run_config(path: Path, section: Mapping[str, Any]) -> ModelConfig:
 
 
 def _load_run(path: Path, config: ModelConfig, sharding: Placement):
-    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    shapes = jax.eval_shape(DecoderLM(config).init, jax.random.key(0), tokens)["params"]
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, config.dtype), shapes)
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, config.dtype), abstract_params(config))
     if isinstance(sharding, jax.sharding.Mesh):
         shardings = tree_shardings(shapes, sharding)
     else:

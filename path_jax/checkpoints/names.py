@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from path_jax.models import DecoderLM, ModelConfig
+from path_jax.models import ModelConfig
+from path_jax.models.decoder_lm import abstract_params
 from path_jax.parallel.sharding import path_name
 
 _MAX_LISTED = 20  # names in an error message, per kind
@@ -172,8 +173,7 @@ class Tensor(NamedTuple):
 
 def parameter_shapes(config: ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:
     """{name: shape} of the unrolled tree. One layer is traced, however many there are."""
-    single = dataclasses.replace(config, num_layers=1, scan_layers=False)
-    tree = jax.eval_shape(DecoderLM(single).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    tree = abstract_params(dataclasses.replace(config, num_layers=1, scan_layers=False))
     shapes = {path_name(path): x for path, x in jax.tree_util.tree_leaves_with_path(tree)}
     layer = {name.removeprefix("layers_0"): x for name, x in shapes.items() if name.startswith("layers_0/")}
     rest = {name: x for name, x in shapes.items() if not name.startswith("layers_0/")}

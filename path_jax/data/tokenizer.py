@@ -9,7 +9,7 @@ import dataclasses
 import json
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -115,18 +115,15 @@ def load_tokenizer(directory: str | os.PathLike[str]) -> LearnedTokenizer | None
         name = json.loads(settings.read_text()).get("tokenizer_class") if settings.is_file() else None
         is_json_escaped = name == "JSONGPT2Tokenizer"
         if (directory / "tokenizer.json").is_file():
-            return LearnedTokenizer(
-                _tokenizers().Tokenizer.from_file(str(directory / "tokenizer.json")), is_json_escaped
-            )
+            from_file = _tokenizers().Tokenizer.from_file
+            return LearnedTokenizer(_built(lambda: from_file(str(directory / "tokenizer.json"))), is_json_escaped)
         if (directory / "vocab.json").is_file() and (directory / "merges.txt").is_file():
             vocabulary = json.loads((directory / "vocab.json").read_text())
             lines = (directory / "merges.txt").read_text().splitlines()
             merges = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
             special = [token for token in ("<|endoftext|>",) if token in vocabulary]
             return LearnedTokenizer(_byte_level(vocabulary, merges, special, "gpt-2"), is_json_escaped)
-    except ImportError:
-        raise
-    except Exception as error:  # tokenizers raises bare Exceptions
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:  # not JSON, or JSON of another shape
         raise ValueError(f"the tokenizer of {directory} is malformed: {str(error)[:200]}") from error
     return None
 
@@ -195,10 +192,8 @@ def _byte_level(vocabulary: dict[str, int], merges: list[tuple[str, str]], speci
     tokenizers = _tokenizers()
     pattern, has_single_digits = _CUTS[cut]
     # ignore_merges: Llama 3 takes a whole piece that is in the vocabulary as it is.
-    try:
-        model = tokenizers.models.BPE(vocab=vocabulary, merges=merges, ignore_merges=cut == "llama-bpe")
-    except Exception as error:  # tokenizers raises bare Exceptions
-        raise ValueError(f"the merges do not fit the vocabulary: {str(error)[:200]}") from error
+    ignore_merges = cut == "llama-bpe"
+    model = _built(lambda: tokenizers.models.BPE(vocab=vocabulary, merges=merges, ignore_merges=ignore_merges))
     tokenizer = tokenizers.Tokenizer(model)
     cutters = tokenizers.pre_tokenizers
     steps = [cutters.Digits(individual_digits=True)] if has_single_digits else []
@@ -209,6 +204,17 @@ def _byte_level(vocabulary: dict[str, int], merges: list[tuple[str, str]], speci
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
     tokenizer.add_special_tokens([tokenizers.AddedToken(token, normalized=False, special=True) for token in special])
     return tokenizer
+
+
+def _built(build: Callable[[], Any]) -> Any:
+    """What the package builds from a file or lists of others; damage in them becomes a ValueError."""
+    try:
+        return build()
+    except Exception as error:
+        # The package raises Exception itself for damage, so nothing narrower catches it. Other kinds are not damage.
+        if type(error) not in (Exception, TypeError, ValueError, OverflowError):
+            raise
+        raise ValueError(f"the vocabulary and its merges do not fit: {str(error)[:200]}") from error
 
 
 def _tokenizers() -> Any:

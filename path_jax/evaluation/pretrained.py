@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from path_jax.checkpoints import load_pretrained
+from path_jax.checkpoints.folders import read_json
 from path_jax.checkpoints.gguf import GgufFile
 from path_jax.data import (
     ByteTokenizer,
@@ -65,28 +66,44 @@ def load_with_text(path: Path, data: str | None) -> Pretrained:
     return Pretrained(run, model, stack_layers(params), Corpus((), documents, num_ids))
 
 
-def tokenizer_of(path: Path, config: ModelConfig) -> ByteTokenizer | LearnedTokenizer:
+class Vocabulary(NamedTuple):
+    """Text to ids and back; `end_ids` end a text."""
+
+    tokenizer: ByteTokenizer | LearnedTokenizer
+    end_ids: tuple[int, ...]
+
+
+def vocabulary_of(path: Path, config: ModelConfig) -> Vocabulary:
     """The vocabulary of a checkpoint, or bytes where the model has 256 ids, or 257 with a document opener.
 
+    `eos_token_id` of the checkpoint's configuration ends a text, and the opener of a byte-level model does.
+
     Raises:
-      ValueError: if it has neither.
+      ValueError: if it has neither vocabulary, or an end outside of it.
     """
     if path.is_dir():
-        tokenizer = load_tokenizer(path)
+        tokenizer, found = load_tokenizer(path), read_json(path / "config.json").get("eos_token_id")
     else:
         with GgufFile(path) as file:
-            vocabulary = file.vocabulary()
+            vocabulary, found = file.vocabulary(), file.config().get("eos_token_id")
         tokenizer = vocabulary and vocabulary_tokenizer(**vocabulary)
-    if tokenizer:
-        return tokenizer
-    if config.vocab_size in (256, ByteTokenizer().vocab_size):
-        return ByteTokenizer()
-    raise ValueError(f"{path} has {config.vocab_size} token ids and no tokenizer.json (or vocab.json with merges.txt)")
+    opener = ByteTokenizer().bos_id
+    if not tokenizer:
+        if config.vocab_size not in (opener, opener + 1):
+            raise ValueError(
+                f"{path} has {config.vocab_size} token ids and no tokenizer.json (or vocab.json with merges.txt)"
+            )
+        tokenizer = ByteTokenizer()
+        found = opener if found is None and config.vocab_size > opener else found
+    ids = [] if found is None else found if isinstance(found, list) else [found]
+    if not all(isinstance(i, int) and 0 <= i < config.vocab_size for i in ids):
+        raise ValueError(f"{path}: eos_token_id={found} is not in the vocabulary of {config.vocab_size}")
+    return Vocabulary(tokenizer, tuple(ids))
 
 
 def _encoder(path: Path, config: ModelConfig) -> tuple[Callable[[bytes], np.ndarray], bool]:
     """Bytes -> ids, and whether those are bytes."""
-    tokenizer = tokenizer_of(path, config)
+    tokenizer = vocabulary_of(path, config).tokenizer
     if not isinstance(tokenizer, ByteTokenizer):
         return tokenizer.encode, False
     has_opener = config.vocab_size == tokenizer.vocab_size

@@ -165,8 +165,12 @@ class Unembed(nn.Module):
         return jnp.matmul(hidden, kernel.astype(hidden.dtype), preferred_element_type=jnp.float32)
 
 
-def count_parameters(config: ModelConfig) -> int:
-    """Number of parameters, without allocating any."""
+def abstract_params(config: ModelConfig) -> dict:
+    """Shapes and dtypes of the parameters, as `jax.ShapeDtypeStruct`; allocates none."""
     tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    variables = jax.eval_shape(DecoderLM(config).init, jax.random.key(0), tokens)
-    return sum(x.size for x in jax.tree.leaves(variables["params"]))
+    return jax.eval_shape(DecoderLM(config).init, jax.random.key(0), tokens)["params"]
+
+
+def count_parameters(config: ModelConfig) -> int:
+    """Number of parameters."""
+    return sum(x.size for x in jax.tree.leaves(abstract_params(config)))

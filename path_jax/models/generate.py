@@ -74,11 +74,12 @@ def generate(
     sampling = _Sampling(float(temperature), top_k, top_p, stop_tokens)
     cache = init_cache(config, len(tokens), tokens.shape[1] + max_new_tokens, dtype=cache_dtype or config.dtype)
     model = DecoderLM(config)
-    state = _prefill(model, params, tokens, lengths, cache, max_new_tokens)
-    steps = max_new_tokens if on_token is None else 1
-    for step in range(0, max_new_tokens, steps):
-        state = _decode(model, sampling, steps, params, state, rng)
-        if on_token is not None:
+    state = _prefill(model, sampling, max_new_tokens, params, tokens, lengths, cache, rng)
+    if on_token is None:
+        state = _decode(model, sampling, max_new_tokens - 1, params, state, rng)
+    else:
+        for step in range(max_new_tokens):
+            state = _decode(model, sampling, 1, params, state, rng) if step else state
             is_running = ~np.asarray(state.is_stopped)
             if on_token(np.asarray(state.new[:, step]), is_running) or not is_running.any():
                 break
@@ -100,8 +101,7 @@ class _Sampling(NamedTuple):
 class _State(NamedTuple):
     """Between two steps."""
 
-    cache: LMCache
-    logits: Array  # [B, V], of the next token
+    cache: LMCache  # of all tokens but the last
     new: Array  # [B, max_new_tokens], tokens so far
     is_stopped: Array  # [B]
     step: Array  # tokens so far
@@ -122,36 +122,44 @@ def restrict(logits: Float[Array, "B V"], top_k: int | None, top_p: float | None
     return logits
 
 
-@functools.partial(jax.jit, static_argnums=(0, 5), donate_argnums=4)
-def _prefill(model, params, tokens, lengths, cache, max_new_tokens):
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=6)
+def _prefill(model, sampling, max_new_tokens, params, tokens, lengths, cache, rng):
+    """Reads the prompts and takes the first token after them."""
     out = model.apply({"params": params}, tokens, cache=cache, lengths=lengths)
     last = jnp.take_along_axis(out.hidden, lengths[:, None, None] - 1, axis=1)[:, 0]
+    logits = model.apply({"params": params}, last, method="unembed")
     batch = len(tokens)
     new = jnp.zeros((batch, max_new_tokens), jnp.int32)
-    logits = model.apply({"params": params}, last, method="unembed")
-    return _State(out.cache, logits, new, jnp.zeros(batch, bool), jnp.zeros((), jnp.int32))
+    state = _State(out.cache, new, jnp.zeros(batch, bool), jnp.zeros((), jnp.int32))
+    return _take_token(sampling, logits, state, rng)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=4)
 def _decode(model, sampling, num_steps, params, state, rng):
     """Up to `num_steps` further tokens."""
-    temperature, top_k, top_p, stop_tokens = sampling
     end = state.step + num_steps
 
     def take_step(state):
-        if temperature > 0:
-            logits = restrict(state.logits / temperature, top_k, top_p)
-            token = jax.random.categorical(jax.random.fold_in(rng, state.step), logits)
-        else:
-            token = jnp.argmax(state.logits, axis=-1)
-        token = jnp.where(state.is_stopped, stop_tokens[0] if stop_tokens else 0, token).astype(jnp.int32)
-        is_stopped = state.is_stopped | jnp.isin(token, jnp.array(stop_tokens, jnp.int32))
-        new = jax.lax.dynamic_update_slice_in_dim(state.new, token[:, None], state.step, axis=1)
-        lengths = jnp.where(is_stopped, 0, 1)
-        out = model.apply({"params": params}, token[:, None], cache=state.cache, lengths=lengths)
-        return _State(out.cache, out.logits[:, 0], new, is_stopped, state.step + 1)
+        token = jax.lax.dynamic_slice_in_dim(state.new, state.step - 1, 1, axis=1)
+        lengths = jnp.where(state.is_stopped, 0, 1)
+        out = model.apply({"params": params}, token, cache=state.cache, lengths=lengths)
+        return _take_token(sampling, out.logits[:, 0], state._replace(cache=out.cache), rng)
 
     return jax.lax.while_loop(lambda state: (state.step < end) & ~state.is_stopped.all(), take_step, state)
+
+
+def _take_token(sampling: _Sampling, logits: Float[Array, "B V"], state: _State, rng) -> _State:
+    """One more token per row, of these logits."""
+    temperature, top_k, top_p, stop_tokens = sampling
+    if temperature > 0:
+        logits = restrict(logits / temperature, top_k, top_p)
+        token = jax.random.categorical(jax.random.fold_in(rng, state.step), logits)
+    else:
+        token = jnp.argmax(logits, axis=-1)
+    token = jnp.where(state.is_stopped, stop_tokens[0] if stop_tokens else 0, token).astype(jnp.int32)
+    new = jax.lax.dynamic_update_slice_in_dim(state.new, token[:, None], state.step, axis=1)
+    is_stopped = state.is_stopped | jnp.isin(token, jnp.array(stop_tokens, jnp.int32))
+    return _State(state.cache, new, is_stopped, state.step + 1)
 
 
 def _checked_prompt(prompt, vocab_size: int) -> tuple[Int[np.ndarray, "B T"], Int[np.ndarray, "B"]]:

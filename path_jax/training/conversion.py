@@ -67,20 +67,25 @@ def load(path: str, like: ModelConfig, mesh: jax.sharding.Mesh) -> tuple[Decoder
     return DecoderLM(config), params
 
 
-def start_from(params: Mapping[str, Any], source: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """`params` with every parameter of `source` that has the same name and shape.
-
-    Returns:
-      The parameters, and the names of those that `source` does not have.
-    """
-    found = {path_name(path): x for path, x in jax.tree_util.tree_leaves_with_path(source)}
-    missing = []
+def start_from(params: Mapping[str, Any], source: Mapping[str, Any]) -> dict[str, Any]:
+    """`params` with every parameter of `source` that has the same name and shape."""
+    found = _by_name(source)
 
     def choose(path, ours):
         theirs = found.get(path_name(path))
         if theirs is None or theirs.shape != ours.shape:
-            missing.append(path_name(path))
             return ours
-        return jax.device_put(jnp.asarray(theirs, ours.dtype), ours.sharding)
+        # A copy: training donates its state, and a teacher lives on.
+        return jax.device_put(jnp.array(theirs, ours.dtype, copy=True), ours.sharding)
 
-    return jax.tree_util.tree_map_with_path(choose, params), missing
+    return jax.tree_util.tree_map_with_path(choose, params)
+
+
+def lacking(params: Mapping[str, Any], source: Mapping[str, Any]) -> list[str]:
+    """Names of the parameters (arrays or their shapes) that `source` does not have, or has in another shape."""
+    found = _by_name(source)
+    return [name for name, x in _by_name(params).items() if name not in found or found[name].shape != x.shape]
+
+
+def _by_name(params):
+    return {path_name(path): x for path, x in jax.tree_util.tree_leaves_with_path(params)}

@@ -17,7 +17,7 @@ from path_jax.checkpoints.native import Checkpointer
 from path_jax.data import make_iterator
 from path_jax.metrics import MetricsFile
 from path_jax.parallel.sharding import batch_sharding
-from path_jax.training.conversion import load, start_from
+from path_jax.training.conversion import lacking, load, start_from
 from path_jax.training.experiment import Experiment, TrainConfig, prepare_workdir
 from path_jax.training.objectives import distillation, language_modelling, mixer_imitation
 from path_jax.training.optim import make_optimizer, make_schedule
@@ -53,20 +53,26 @@ def run(experiment: Experiment, workdir: str | Path, evaluators: Mapping[str, Ca
     iterator = make_iterator(
         experiment.data, experiment.corpus.train, process_index=jax.process_index(), process_count=jax.process_count()
     )
-    workdir = prepare_workdir(Path(workdir), experiment)
     conversion = experiment.conversion
     optimizer = make_optimizer(experiment.optim, train.num_steps, conversion and conversion.trained)
     schedule = make_schedule(experiment.optim, train.num_steps)
+    target = abstract_state(experiment.model, optimizer, train.seed, mesh)
     objective, frozen = _objective(experiment)
+    # Before the directory is made: what cannot be loaded leaves none behind.
+    source = None if (Path(workdir) / "config.json").exists() else _source(experiment, frozen, target.params)
+    workdir = prepare_workdir(Path(workdir), experiment)
 
     checkpointer = Checkpointer(workdir, train.keep_checkpoints)
-    target = abstract_state(experiment.model, optimizer, train.seed, mesh)
     start = checkpointer.latest_step() or 0
     with jax.set_mesh(mesh), _StopOnSigterm() as stop:
         if start:
             state = checkpointer.restore(start, target, iterator)
         else:
-            state = _first_state(experiment, optimizer)
+            state = sharded_state(experiment.model, optimizer, train.seed, mesh)
+            if conversion:
+                source = source or _source(experiment, frozen, target.params)
+                state = state.replace(params=start_from(state.params, source))
+        del source
         shardings = jax.tree.map(lambda x: x.sharding, target)
         train_step = jax.jit(
             make_train_step(objective, optimizer, train.accumulate), donate_argnums=0, out_shardings=(shardings, None)
@@ -113,16 +119,17 @@ def _objective(experiment: Experiment):
     return distillation(model, teacher, chunk_size=train.loss_chunk), (params,)
 
 
-def _first_state(experiment: Experiment, optimizer):
-    """Fresh parameters, or those of the checkpoint that a conversion starts from."""
-    state = sharded_state(experiment.model, optimizer, experiment.train.seed, experiment.mesh)
-    if (conversion := experiment.conversion) is None:
-        return state
-    _, source = load(conversion.start or conversion.teacher, experiment.model.config, experiment.mesh)
-    params, missing = start_from(state.params, source)
-    if conversion.start and missing:
+def _source(experiment: Experiment, frozen, params):
+    """What a conversion starts from: the parameters of a checkpoint, or the teacher's, which are mostly at hand."""
+    conversion = experiment.conversion
+    if conversion is None:
+        return None
+    if frozen and not conversion.start:
+        return frozen[0]
+    source = load(conversion.start or conversion.teacher, experiment.model.config, experiment.mesh)[1]
+    if conversion.start and (missing := lacking(params, source)):
         raise ValueError(f"{conversion.start} has no {', '.join(missing)} of the model's shape")
-    return state.replace(params=params)
+    return source
 
 
 class _ProfilerWindow:

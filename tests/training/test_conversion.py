@@ -92,6 +92,9 @@ def test_what_does_not_fit_is_named(teacher, tmp_path):
         convert("mse", tmp_path / "a", teacher=teacher, model=dict(embed_dim=32))
     with pytest.raises(ValueError, match="has no layers/mixer"):
         convert("kl", tmp_path / "b", teacher=teacher, start=teacher)
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        convert("lm", tmp_path / "c", teacher=teacher, start="/nowhere")
+    assert not list(tmp_path.iterdir())
     with pytest.raises(ValueError, match="stage='mle'"):
         ConversionConfig("x", "mle")
     with pytest.raises(ValueError, match="must name a checkpoint"):
