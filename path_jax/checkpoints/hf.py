@@ -61,22 +61,24 @@ def load_pretrained(
         message lists them all.
     """
     path = Path(path)
-    dtype = "float32" if dtype is None else dtype
-    if path.is_dir():
-        raw = read_json(member(path, "config.json"))
-        is_run = "model_type" not in raw and isinstance(raw.get("model"), Mapping)
-        config = _run_config(path, raw["model"]) if is_run else read_dialect(raw)
-        config = dataclasses.replace(config, dtype=dtype)
-        return _load_run(path, config, sharding) if is_run else _load_safetensors(path, raw, config, sharding)
-    if path.suffix == ".gguf":
+    if path.suffix == ".gguf" and not path.is_dir():
         with GgufFile(path) as file:
-            config = dataclasses.replace(read_dialect(file.config()), dtype=dtype)
+            config = _with_dtype(read_dialect(file.config()), dtype)
             tensors = _tensors(path, config, "gguf", len(file.stored))
             check_stored(path, tensors, file.stored)
             return config, import_params(config, tensors, file.read, _placing(config, sharding))
-    if not path.exists():
-        raise FileNotFoundError(f"there is no checkpoint {path}")
-    raise ValueError(f"{path} is neither a directory with config.json nor a .gguf file")
+    raw = _read_raw(path)
+    config = _with_dtype(_directory_config(path, raw), dtype)
+    return _load_run(path, config, sharding) if _is_run(raw) else _load_safetensors(path, raw, config, sharding)
+
+
+def load_config(path: str | Path, dtype: str | None = None) -> ModelConfig:
+    """The configuration that `load_pretrained` returns; takes the same path and dtype, raises the same errors."""
+    path = Path(path)
+    if path.suffix == ".gguf" and not path.is_dir():
+        with GgufFile(path) as file:
+            return _with_dtype(read_dialect(file.config()), dtype)
+    return _with_dtype(_directory_config(path, _read_raw(path)), dtype)
 
 
 def save_pretrained(
@@ -119,13 +121,31 @@ def save_pretrained(
         (directory / "config.json").write_text(json.dumps(raw, indent=2, sort_keys=True) + "\n")
 
 
-def _run_config(path: Path, section: Mapping[str, Any]) -> ModelConfig:
+def _read_raw(path: Path) -> dict[str, Any]:
+    if path.is_dir():
+        return read_json(member(path, "config.json"))
+    if not path.exists():
+        raise FileNotFoundError(f"there is no checkpoint {path}")
+    raise ValueError(f"{path} is neither a directory with config.json nor a .gguf file")
+
+
+def _is_run(raw: Mapping[str, Any]) -> bool:
+    return "model_type" not in raw and isinstance(raw.get("model"), Mapping)
+
+
+def _directory_config(path: Path, raw: Mapping[str, Any]) -> ModelConfig:
+    if not _is_run(raw):
+        return read_dialect(raw)
     try:
-        config = ModelConfig(**section)
+        config = ModelConfig(**raw["model"])
         config.make_mixer()
     except (TypeError, AttributeError) as error:  # unknown or malformed fields and options
         raise ValueError(f"{path}: the model section of config.json is malformed: {error}") from error
     return config
+
+
+def _with_dtype(config: ModelConfig, dtype: str | None) -> ModelConfig:
+    return dataclasses.replace(config, dtype=dtype or "float32")
 
 
 def _load_run(path: Path, config: ModelConfig, sharding: Placement):

@@ -1,9 +1,10 @@
 """Tiny models of every foreign format, with random parameters."""
 
+import gguf
 import jax.numpy as jnp
 import numpy as np
 
-from path_jax.checkpoints.names import parameter_shapes
+from path_jax.checkpoints.names import export_params, parameter_shapes, tensors_of
 from path_jax.models import ModelConfig
 
 SHAPE = dict(vocab_size=40, num_layers=2, embed_dim=16, num_heads=4, mlp_dim=24, scan_layers=False)
@@ -53,6 +54,12 @@ MODELS = {
     "gpt2-untied": ("hf", ModelConfig(**SHAPE, **GPT2, num_positions=32)),
 }
 
+# Quantised rows are multiples of 32.
+GGUF = ModelConfig(
+    **SHAPE | dict(embed_dim=64, mlp_dim=96), num_kv_heads=2, mixer="rope", mixer_options=dict(rope_theta=5e4),
+    norm_eps=2.0**-17,
+)  # fmt: skip
+
 
 def random_params(config, dtype=jnp.float32):
     """N(0, 0.3), norm scales around 1, as an unrolled tree."""
@@ -65,3 +72,29 @@ def random_params(config, dtype=jnp.float32):
             node = node.setdefault(folder, {})
         node[last] = jnp.asarray((last == "scale") + 0.3 * rng.standard_normal(leaf.shape), dtype)
     return params
+
+
+def write_gguf(path, params, kind="F32", config=GGUF, change=lambda writer: None, architecture="llama"):
+    """Writes matrices in the type `kind`, vectors in float32, a vocabulary of three tokens, and `change`."""
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.add_block_count(config.num_layers)
+    writer.add_embedding_length(config.embed_dim)
+    writer.add_feed_forward_length(config.mlp_dim)
+    writer.add_head_count(config.num_heads)
+    writer.add_head_count_kv(config.num_kv_heads)
+    writer.add_layer_norm_rms_eps(config.norm_eps)
+    writer.add_rope_freq_base(config.mixer_options["rope_theta"])
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(["a", "b", "ab", "<|end|>"])
+    writer.add_token_types([1, 1, 1, 3])
+    writer.add_token_merges(["a b"])
+    change(writer)
+    for name, value in export_params(config, tensors_of(config, "gguf"), params):
+        quantization = gguf.GGMLQuantizationType[kind if value.ndim > 1 else "F32"]
+        writer.add_tensor(name, gguf.quantize(value, quantization), raw_dtype=quantization)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path

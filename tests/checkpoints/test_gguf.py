@@ -6,60 +6,27 @@ import gguf
 import jax
 import numpy as np
 import pytest
-from checkpoints.synthetic import SHAPE, random_params
+from checkpoints.synthetic import GGUF, random_params, write_gguf
 
 from path_jax.checkpoints import load_pretrained
 from path_jax.checkpoints.gguf import GgufFile
-from path_jax.checkpoints.names import export_params, tensors_of
 from path_jax.data import vocabulary_tokenizer
-from path_jax.models import ModelConfig
 
-# Quantised rows are multiples of 32.
-CONFIG = ModelConfig(
-    **SHAPE | dict(embed_dim=64, mlp_dim=96), num_kv_heads=2, mixer="rope", mixer_options=dict(rope_theta=5e4),
-    norm_eps=2.0**-17,
-)  # fmt: skip
 TYPES = ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
 # Of the largest weight, as rounding of 4, 5, 8 bits per block of 32, or of 11 and 8 bits per number, allows.
 TOLERANCE = dict(F32=0, F16=2e-3, BF16=8e-3, Q4_0=0.14, Q4_1=0.07, Q5_0=0.07, Q5_1=0.04, Q8_0=8e-3)
 
 
-def write(path, params, kind="F32", config=CONFIG, change=lambda writer: None, architecture="llama"):
-    """Writes matrices in the type `kind`, vectors in float32, a vocabulary of three tokens, and `change`."""
-    writer = gguf.GGUFWriter(path, architecture)
-    writer.add_block_count(config.num_layers)
-    writer.add_embedding_length(config.embed_dim)
-    writer.add_feed_forward_length(config.mlp_dim)
-    writer.add_head_count(config.num_heads)
-    writer.add_head_count_kv(config.num_kv_heads)
-    writer.add_layer_norm_rms_eps(config.norm_eps)
-    writer.add_rope_freq_base(config.mixer_options["rope_theta"])
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("gpt-2")
-    writer.add_token_list(["a", "b", "ab", "<|end|>"])
-    writer.add_token_types([1, 1, 1, 3])
-    writer.add_token_merges(["a b"])
-    change(writer)
-    for name, value in export_params(config, tensors_of(config, "gguf"), params):
-        quantization = gguf.GGMLQuantizationType[kind if value.ndim > 1 else "F32"]
-        writer.add_tensor(name, gguf.quantize(value, quantization), raw_dtype=quantization)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
-
-
 @pytest.fixture(scope="module")
 def params():
-    return random_params(CONFIG)
+    return random_params(GGUF)
 
 
 @pytest.mark.parametrize("kind", TYPES)
 def test_every_type(kind, params, tmp_path):
-    config, loaded = load_pretrained(write(tmp_path / "x.gguf", params, kind))
+    config, loaded = load_pretrained(write_gguf(tmp_path / "x.gguf", params, kind))
     assert config.make_mixer().rope_theta == 5e4
-    assert (config.num_layers, config.num_kv_heads, config.norm_eps) == (2, 2, CONFIG.norm_eps)
+    assert (config.num_layers, config.num_kv_heads, config.norm_eps) == (2, 2, GGUF.norm_eps)
     assert jax.tree.structure(loaded) == jax.tree.structure(params)
     for ours, expected in zip(jax.tree.leaves(loaded), jax.tree.leaves(params)):
         assert ours.dtype == "float32"
@@ -68,19 +35,19 @@ def test_every_type(kind, params, tmp_path):
 
 def test_rows_of_queries_are_interleaved_in_the_file(params, tmp_path):
     """Row 2 i + j of a head is the j-th of the i-th pair that is turned; ours are the first halves, then the second."""
-    reader = gguf.GGUFReader(write(tmp_path / "x.gguf", params))
+    reader = gguf.GGUFReader(write_gguf(tmp_path / "x.gguf", params))
     stored = {tensor.name: tensor.data for tensor in reader.tensors}
     ours = np.asarray(params["layers_1"]["mixer"]["q_proj"]["kernel"]).T
-    half = CONFIG.head_dim // 2
-    for head in range(CONFIG.num_heads):
+    half = GGUF.head_dim // 2
+    for head in range(GGUF.num_heads):
         for i in range(half):
             for j in range(2):
-                row = stored["blk.1.attn_q.weight"][head * CONFIG.head_dim + 2 * i + j]
-                np.testing.assert_array_equal(row, ours[head * CONFIG.head_dim + j * half + i])
+                row = stored["blk.1.attn_q.weight"][head * GGUF.head_dim + 2 * i + j]
+                np.testing.assert_array_equal(row, ours[head * GGUF.head_dim + j * half + i])
 
 
 def test_vocabulary(params, tmp_path):
-    with GgufFile(write(tmp_path / "x.gguf", params)) as file:
+    with GgufFile(write_gguf(tmp_path / "x.gguf", params)) as file:
         tokenizer = vocabulary_tokenizer(**file.vocabulary())
     assert tokenizer.encode("abba<|end|>a").tolist() == [2, 1, 0, 3, 0]
     assert tokenizer.decode([2, 1, 0, 3, 0, 99]) == "abba<|end|>a"
@@ -95,8 +62,8 @@ def test_other_models_are_refused_by_name(params, tmp_path):
         (dict(change=lambda w: w.add_tensor("rope_freqs.weight", np.ones(8, np.float32))), "rope_freqs.weight"),
     ):
         with pytest.raises(ValueError, match=reason):
-            load_pretrained(write(path, params, **arguments))
-    data = write(path, params, "Q8_0").read_bytes()
+            load_pretrained(write_gguf(path, params, **arguments))
+    data = write_gguf(path, params, "Q8_0").read_bytes()
     name = b"blk.0.ffn_up.weight"
     at = data.index(name) + len(name) + 4 + 2 * 8  # the type follows the number of dimensions and two of them
     for kind, reason in ((gguf.GGMLQuantizationType.IQ4_NL, "IQ4_NL"), (10**6, "malformed")):
@@ -106,7 +73,7 @@ def test_other_models_are_refused_by_name(params, tmp_path):
 
 
 def test_damaged_files(params, tmp_path):
-    data = write(tmp_path / "whole.gguf", params).read_bytes()
+    data = write_gguf(tmp_path / "whole.gguf", params).read_bytes()
     path = tmp_path / "x.gguf"
     assert data[32:69] == b"general.architecture" + struct.pack("<IQ", 8, 5) + b"llama"
     tokens = struct.pack("<IQ", 8, 4)  # an array of four strings
