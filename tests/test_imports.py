@@ -27,7 +27,9 @@ ALLOWED = {
     "path_jax.evaluation.run_report": ["path_jax"],
     "path_jax.nnx": [],
     "path_jax.generate": ["path_jax"],
+    "path_jax.tokenize": ["path_jax"],
     "configs": ["configs"],
+    "configs.continued": ["configs", "path_jax.checkpoints"],  # its model is a checkpoint's
     "benchmarks": [],
     "benchmarks.tpu_cases": ["benchmarks", "pallas_kernels"],
     "benchmarks.tpu_tune": ["benchmarks", "pallas_kernels"],

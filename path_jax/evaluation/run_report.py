@@ -20,10 +20,17 @@ from path_jax.data import ByteTokenizer, DataConfig
 from path_jax.models import DecoderLM, ModelConfig
 from path_jax.models.generate import generate
 
+# What the loss of a conversion's stage is: key of its mean in the summary, label of its axis.
+_STAGE_LOSSES = {
+    "mse": ("train_imitation_error", "squared error / squared output of the teacher"),
+    "kl": ("train_divergence", "divergence from the teacher [nats/token]"),
+}
 # Keys of a run's summary, in the order of the table.
 _SUMMARY_LABELS = {
     "parameters": "parameters",
     "train_bits_per_byte": "train bits/byte",
+    "train_imitation_error": "train imitation error",
+    "train_divergence": "train nats/token from the teacher",
     "heldout_bits_per_byte": "held-out bits/byte",
     "gzip_bits_per_byte": "gzip -9 bits/byte",
     "order3_bits_per_byte": "order-3 byte model bits/byte",
@@ -61,9 +68,11 @@ def finish(
     unit = "bits_per_byte" if _is_bytes(config) else "bits_per_token"
     sample = _sample(model, params) if _is_bytes(config) else ""
     tokens_per_step = config["data"]["batch_size"] * config["data"]["sequence_length"]
+    loss = statistics.fmean(record["loss"] for record in last)
+    stage_key, _ = _STAGE_LOSSES.get(_stage(config), (None, None))
     summary = {
         "parameters": sum(x.size for x in jax.tree.leaves(params)),
-        f"train_{unit}": statistics.fmean(record["loss"] for record in last) / math.log(2),
+        stage_key or f"train_{unit}": loss if stage_key else loss / math.log(2),
         "tokens_per_second": tokens_per_step / statistics.median(record["step_seconds"] for record in records),
     }
     if "perplexity" in results:
@@ -99,8 +108,8 @@ def write_run_report(
 ) -> None:
     """Writes report.html, report.png and a CSV file per figure into the run's directory.
 
-    Figures are the loss over training, the loss by position beyond the training length, and the mean gates by layer and
-    head; one without numbers is left out.
+    Figures are the loss over training, the error of each layer where layers are imitated, the loss by position beyond
+    the training length, and the mean gates by layer and head; one without numbers is left out.
 
     Args:
       workdir: Directory of the run.
@@ -113,7 +122,8 @@ def write_run_report(
     Raises:
       ImportError: matplotlib is missing.
     """
-    figures = [_loss_curve(config, results, metrics), length_curve(config, results.get("length", {}))]
+    figures = [_loss_curve(config, results, metrics), _layer_curve(config, metrics)]
+    figures.append(length_curve(config, results.get("length", {})))
     gates = results.get("gates", {})
     figures += [_gate_map(gates, "forget_gate", "forget gate"), _gate_map(gates, "beta", "beta")]
     report.write_report(
@@ -182,13 +192,25 @@ def _is_bytes(config: Mapping[str, Any]) -> bool:
     return DataConfig(**config["data"]).source != "tokens"
 
 
+def _stage(config: Mapping[str, Any]) -> str:
+    return config["conversion"]["stage"] if "conversion" in config else "lm"
+
+
+def _over_training(records) -> tuple[str, list[float]]:
+    """Label and values of the x axis."""
+    name = "tokens" if all("tokens" in record for record in records) else "step"
+    return f"training {name}", [record[name] for record in records]
+
+
 def _loss_curve(config, results, metrics) -> report.Curve | None:
     records = [record for record in metrics if "loss" in record]
     if not records:
         return None
+    x_label, x = _over_training(records)
+    if _stage(config) in _STAGE_LOSSES:
+        _, label = _STAGE_LOSSES[_stage(config)]
+        return report.Curve("Loss over training", x_label, label, {"train": (x, [r["loss"] for r in records])})
     unit, scale = _unit(config)
-    x_name = "tokens" if all("tokens" in record for record in records) else "step"
-    x = [record[x_name] for record in records]
     series = {"train": (x, [record["loss"] * scale for record in records])}
     levels = {}
     if "perplexity" in results:
@@ -197,7 +219,18 @@ def _loss_curve(config, results, metrics) -> report.Curve | None:
         levels["gzip -9"] = results["byte_baselines"]["gzip_bits_per_byte"]
         levels["order-3 byte model"] = results["byte_baselines"]["order3_bits_per_byte"]
     series |= {name: ([x[0], x[-1]], [level, level]) for name, level in levels.items()}
-    return report.Curve("Loss over training", f"training {x_name}", f"loss [{unit}]", series)
+    return report.Curve("Loss over training", x_label, f"loss [{unit}]", series)
+
+
+def _layer_curve(config, metrics) -> report.Curve | None:
+    records = [record for record in metrics if "layer_0" in record]
+    if not records:
+        return None
+    x_label, x = _over_training(records)
+    _, label = _STAGE_LOSSES["mse"]
+    layers = range(config["model"]["num_layers"])
+    series = {f"layer {i}": (x, [record[f"layer_{i}"] for record in records]) for i in layers}
+    return report.Curve("Imitation error by layer", x_label, label, series)
 
 
 def _gate_map(gates: Mapping[str, float], name: str, label: str) -> report.HeatMap | None:

@@ -8,7 +8,7 @@ import pytest
 
 from path_jax.data import Corpus, Document
 from path_jax.evaluation.byte_baselines import gzip_bits_per_byte, order3_bits_per_byte
-from path_jax.evaluation.run_report import results_table, summary_rows, summary_table, write_run_report
+from path_jax.evaluation.run_report import finish, results_table, summary_rows, summary_table, write_run_report
 from path_jax.evaluation.runner import EVALUATORS, make_evaluators, run
 from path_jax.models import DecoderLM, ModelConfig
 
@@ -113,6 +113,26 @@ def test_run_report(tmp_path, results):
     lines = (tmp_path / "loss_over_training.csv").read_text().splitlines()
     assert lines[1] == f"train,128,{5 / np.log(2)}"
     assert len([line for line in lines if line.startswith("gzip")]) == 2
+
+
+@pytest.mark.parametrize("stage, key", [("mse", "train_imitation_error"), ("kl", "train_divergence")])
+def test_reports_of_conversions_do_not_take_their_loss_for_bits(tmp_path, stage, key):
+    pytest.importorskip("matplotlib")
+    model = dict(vocab_size=40, num_layers=2, embed_dim=8, num_heads=2)
+    config = {"model": model, "data": {"source": "tokens", "path": "x", "sequence_length": 4, "batch_size": 2}}
+    records = [{"step": i, "tokens": 8 * i, "loss": 5.0 / i, "step_seconds": 1.0} for i in range(1, 6)]
+    if stage == "mse":
+        records = [record | {"layer_0": 0.5, "layer_1": 9.5 / record["step"]} for record in records]
+    summary = finish(
+        tmp_path, config=config | {"evals": {}, "conversion": {"stage": stage}}, model=None, params={}, records=records,
+        results={}, checkpoint=tmp_path, start=0.0,
+    )  # fmt: skip
+    assert summary[key] == 1.0 and "train_bits_per_token" not in summary
+    assert (tmp_path / "loss_over_training.csv").read_text().splitlines()[-1] == "train,40,1.0"
+    layers = tmp_path / "imitation_error_by_layer.csv"
+    assert layers.exists() == (stage == "mse")
+    if stage == "mse":
+        assert layers.read_text().splitlines()[-1] == "layer 1,40,1.9"
 
 
 def test_run_report_without_results(tmp_path):

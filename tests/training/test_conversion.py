@@ -101,7 +101,7 @@ def test_what_does_not_fit_is_named(teacher, tmp_path):
         ConversionConfig("", "mse")
 
 
-@pytest.mark.parametrize("size", ["debug", "quickstart", "smollm2_135m", "smollm2_1.7b"])
+@pytest.mark.parametrize("size", ["debug", "quickstart", "smollm2_demo", "smollm2_135m", "smollm2_1.7b"])
 @pytest.mark.parametrize("stage", ["mse", "kl", "lm"])
 def test_configurations_are_complete(size, stage):
     config = rope_to_path.get_config(f"stage={stage},size={size}")
