@@ -33,8 +33,10 @@ _VOCABULARY = dict(
     tokens="tokenizer.ggml.tokens",
     types="tokenizer.ggml.token_type",
     merges="tokenizer.ggml.merges",
+    scores="tokenizer.ggml.scores",
     add_bos="tokenizer.ggml.add_bos_token",
     bos_id="tokenizer.ggml.bos_token_id",
+    add_space_prefix="tokenizer.ggml.add_space_prefix",
 )
 
 

@@ -1,8 +1,8 @@
-"""Text to ids and back: bytes, and learned byte-level vocabularies in three notations.
+"""Text to ids and back: bytes, and learned vocabularies in three notations.
 
 Learned vocabularies are read from `tokenizer.json` or `vocab.json` with `merges.txt` (Hugging Face), or given as the
-lists of a GGUF file; they need the package tokenizers (extra `[hf]`). Nothing is trained here, and SentencePiece models
-are not read; tokenize with any tool and read the ids from `.npy` files instead.
+lists of a GGUF file; they need the package tokenizers (extra `[hf]`). Nothing is trained here, and SentencePiece's own
+`.model` files are not read; tokenize with any tool and read the ids from `.npy` files instead.
 """
 
 import dataclasses
@@ -135,19 +135,24 @@ def vocabulary_tokenizer(
     tokens: Sequence[str],
     types: Sequence[int] | None,
     merges: Sequence[str] | None,
+    scores: Sequence[float] | None,
     add_bos: bool | None,
     bos_id: int | None,
+    add_space_prefix: bool | None,
 ) -> LearnedTokenizer:
     """Builds a tokenizer from the lists of a GGUF file.
 
     Args:
-      model: `tokenizer.ggml.model`; "gpt2", that is byte-level merges, is supported.
-      pre: How text is cut before merging: "gpt-2", "smollm" or "llama-bpe".
+      model: `tokenizer.ggml.model`: "gpt2" (byte-level merges) or "llama" (SentencePiece's merges).
+      pre: How text is cut before byte-level merging: "gpt-2", "smollm" or "llama-bpe".
       tokens: Token of every id.
-      types: 3 (control) and 4 (user-defined) are special tokens.
-      merges: Pairs "left right", the earliest first.
-      add_bos: Whether a text opens with `bos_id`; None means that it does for "llama-bpe" only, as in llama.cpp.
+      types: 3 (control) and 4 (user-defined) are special tokens; 2 is the unknown token of SentencePiece.
+      merges: Pairs "left right" of byte-level merging, the earliest first.
+      scores: Of every token, for SentencePiece: the pair whose union has the highest is merged first.
+      add_bos: Whether a text opens with `bos_id`; None means that it does, as in llama.cpp, unless the vocabulary is
+        byte-level and `pre` is not "llama-bpe".
       bos_id: That token.
+      add_space_prefix: Whether SentencePiece puts a space before a text; None means that it does.
 
     Raises:
       ImportError: the package tokenizers is not installed.
@@ -155,17 +160,27 @@ def vocabulary_tokenizer(
     """
     if not all(isinstance(x, list) and all(isinstance(y, str) for y in x) for x in (tokens, merges or [])):
         raise ValueError("the tokens and merges of a vocabulary must be lists of strings")
-    if model != "gpt2" or merges is None:
-        raise ValueError(f"a vocabulary of the kind {model!r} is not supported; byte-level merges ('gpt2') are")
-    if pre not in _CUTS:
-        raise ValueError(f"text cut as {pre!r} is not supported; choose from {', '.join(_CUTS)}")
     special = [token for token, kind in zip(tokens, types or ()) if kind in (3, 4)]
-    pairs = [tuple(merge.split(" ")) for merge in merges]
     vocabulary = {token: index for index, token in enumerate(tokens)}
-    if len(vocabulary) != len(tokens) or not all(len(pair) == 2 for pair in pairs):
-        raise ValueError("the vocabulary has a token twice, or a merge that is not a pair")
-    tokenizer = _byte_level(vocabulary, pairs, special, pre)
-    if add_bos or (add_bos is None and pre == "llama-bpe"):
+    if len(vocabulary) != len(tokens):
+        raise ValueError("the vocabulary has a token twice")
+    if model == "gpt2" and merges is not None:
+        if pre not in _CUTS:
+            raise ValueError(f"text cut as {pre!r} is not supported; choose from {', '.join(_CUTS)}")
+        pairs = [tuple(merge.split(" ")) for merge in merges]
+        if not all(len(pair) == 2 for pair in pairs):
+            raise ValueError("the vocabulary has a merge that is not a pair")
+        tokenizer = _byte_level(vocabulary, pairs, special, pre)
+    elif model == "llama" and scores is not None:
+        if len(scores) != len(tokens):
+            raise ValueError(f"the vocabulary has {len(tokens)} tokens and {len(scores)} scores")
+        unknown = next((token for token, kind in zip(tokens, types or ()) if kind == 2), None)
+        tokenizer = _sentencepiece(vocabulary, scores, special, unknown, add_space_prefix is not False)
+    else:
+        raise ValueError(
+            f"a vocabulary of the kind {model!r} is not supported; 'gpt2' with merges and 'llama' with scores are"
+        )
+    if add_bos or (add_bos is None and (model == "llama" or pre == "llama-bpe")):
         if bos_id is None or not 0 <= bos_id < len(tokens):
             raise ValueError(f"texts open with token {bos_id}, which is not in the vocabulary of {len(tokens)}")
         opener = tokens[bos_id]
@@ -202,6 +217,32 @@ def _byte_level(vocabulary: dict[str, int], merges: list[tuple[str, str]], speci
     steps.append(cutters.ByteLevel(add_prefix_space=False, use_regex=pattern is None))
     tokenizer.pre_tokenizer = cutters.Sequence(steps)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    tokenizer.add_special_tokens([tokenizers.AddedToken(token, normalized=False, special=True) for token in special])
+    return tokenizer
+
+
+def _sentencepiece(
+    vocabulary: dict[str, int], scores: Sequence[float], special: list[str], unknown: str | None, has_prefix: bool
+) -> Any:
+    """Merges by the score of what they make; characters that are not in the vocabulary become bytes `<0xE2>`."""
+    tokenizers = _tokenizers()
+    merges = [
+        (-scores[index], (token[:cut], token[cut:]))
+        for token, index in vocabulary.items()
+        for cut in range(1, len(token))
+        if token[:cut] in vocabulary and token[cut:] in vocabulary
+    ]
+    merges = [pair for _, pair in sorted(merges, key=lambda merge: merge[0])]
+    bpe = tokenizers.models.BPE
+    model = _built(lambda: bpe(vocab=vocabulary, merges=merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
+    tokenizer = tokenizers.Tokenizer(model)
+    normalizers, decoders = tokenizers.normalizers, tokenizers.decoders
+    prefix = [normalizers.Prepend("\u2581")] if has_prefix else []
+    tokenizer.normalizer = normalizers.Sequence([*prefix, normalizers.Replace(" ", "\u2581")])
+    strip = [decoders.Strip(" ", 1, 0)] if has_prefix else []
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
+    )
     tokenizer.add_special_tokens([tokenizers.AddedToken(token, normalized=False, special=True) for token in special])
     return tokenizer
 

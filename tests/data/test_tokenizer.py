@@ -1,6 +1,7 @@
 """Learned vocabularies: the notations of Hugging Face and GGUF, and JSON-escaped text."""
 
 import json
+import pathlib
 
 import pytest
 
@@ -17,8 +18,10 @@ GGUF = dict(
     tokens=TOKENS,
     types=[1] * (len(TOKENS) - 1) + [3],
     merges=MERGES,
+    scores=None,
     add_bos=False,
     bos_id=None,
+    add_space_prefix=None,
 )
 
 
@@ -56,6 +59,22 @@ def test_digits_and_openers():
     assert vocabulary_tokenizer(**GGUF | dict(add_bos=None, bos_id=opener)).encode("12").tolist() == ids("12")
 
 
+def test_sentencepiece():
+    """`golden/sentencepiece.json`: a small vocabulary that the package sentencepiece learned, and what it encodes."""
+    golden = json.loads((pathlib.Path(__file__).parents[1] / "golden" / "sentencepiece.json").read_text())
+    lists = {name: golden[name] for name in ("tokens", "scores", "types")}
+    lists |= dict(model="llama", pre=None, merges=None, bos_id=1, add_bos=False, add_space_prefix=None)
+    tokenizer = vocabulary_tokenizer(**lists)
+    for text, expected in zip(golden["texts"], golden["ids"], strict=True):
+        assert tokenizer.encode(text).tolist() == expected
+        assert tokenizer.decode(expected) == text
+    opened = vocabulary_tokenizer(**lists | dict(add_bos=None))
+    assert opened.encode("a").tolist() == [1, *tokenizer.encode("a")]
+    assert opened.decode([1, *golden["ids"][0], 2]) == f"<s> {golden['texts'][0]}</s>"
+    bare = vocabulary_tokenizer(**lists | dict(add_space_prefix=False))
+    assert bare.encode(" " + golden["texts"][0]).tolist() == golden["ids"][0]
+
+
 def test_json_escaped_text(tmp_path):
     """The published FoX models read a line break as the two characters backslash and n."""
     write_vocabulary(tmp_path, tokenizer_class="JSONGPT2Tokenizer")
@@ -71,6 +90,8 @@ def test_json_escaped_text(tmp_path):
     "change, reason",
     [
         (dict(model="llama"), "kind 'llama' is not supported"),
+        (dict(model="llama", scores=[0.0]), f"{len(TOKENS)} tokens and 1 scores"),
+        (dict(model="bert"), "kind 'bert' is not supported"),
         (dict(merges=None), "kind 'gpt2' is not supported"),
         (dict(pre="falcon"), "cut as 'falcon' is not supported; choose from gpt-2, smollm, llama-bpe"),
         (dict(merges=["a"]), "a merge that is not a pair"),
