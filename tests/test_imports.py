@@ -31,6 +31,7 @@ ALLOWED = {
     "configs": ["configs"],
     "configs.continued": ["configs", "path_jax.checkpoints"],  # its model is a checkpoint's
     "benchmarks": [],
+    "benchmarks.conversion": ["path_jax.report"],
     "benchmarks.tpu_cases": ["benchmarks", "pallas_kernels"],
     "benchmarks.tpu_tune": ["benchmarks", "pallas_kernels"],
     "pallas_kernels.benchmark": ["pallas_kernels", "benchmarks.tpu_tune"],

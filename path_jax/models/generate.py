@@ -34,7 +34,7 @@ def generate(
 
     Args:
       model: The language model.
-      params: Its parameters, scanned or unrolled.
+      params: Its parameters, unrolled, or scanned, which every call copies into the unrolled form.
       prompt: Token ids in [0, V), at least one per row; int [T] or [B, T], or B sequences of any lengths.
       max_new_tokens: At least 1.
       temperature: Divides the logits before sampling, >= 0; 0 takes the likeliest token.
