@@ -30,11 +30,16 @@ def _heldout(run: Path) -> dict:
     return dict(loss=results["perplexity"]["loss"], **{str(n): length.get(f"loss_at_{n:05d}") for n in (256, 1024)})
 
 
+def _layer_names(records: list[dict]) -> list[str]:
+    """In the order of the layers; that of the records is the alphabet's."""
+    return [f"layer_{i}" for i in range(sum(name.startswith("layer_") for name in records[0]))]
+
+
 def _layers(title: str, records: list[dict]) -> report.Curve:
-    names = [name for name in records[0] if name.startswith("layer_")]
+    names = _layer_names(records)
     tokens = [record["tokens"] for record in records]
     series = {name.replace("_", " "): (tokens, [record[name] for record in records]) for name in names}
-    return report.Curve(title, "training tokens", "squared error / squared output of the teacher", series)
+    return report.Curve(title, "training tokens", "squared error / squared output of the teacher", series, log_y=True)
 
 
 def main(argv=None) -> None:
@@ -72,8 +77,9 @@ def main(argv=None) -> None:
         cells = [labels[name], f"{tokens[name]:,}", f"{found['loss']:.4f}", f"{over:+.4f}", f"{1 - over / gap:.1%}"]
         lines.append("| " + " | ".join(cells + [f"{found['256']:.3f}", f"{found['1024']:.3f}"]) + " |")
     records = _records(args.smollm2)
-    first, last = records[0], [sum(r[name] for r in records[-10:]) / 10 for name in records[0] if "layer_" in name]
-    start = [first[name] for name in first if name.startswith("layer_")]
+    names = _layer_names(records)
+    start = [records[0][name] for name in names]
+    last = [sum(record[name] for record in records[-10:]) / 10 for name in names]
     lines += [
         "",
         f"SmolLM2-135M (`size=smollm2_demo`, {len(last)} layers), {records[-1]['tokens']:,} tokens of imitation. "

@@ -20,6 +20,7 @@ import numpy as np
 _PANEL_SIZE = (6.4, 4.2)  # inches
 _DPI = 120
 _MAX_ANNOTATED_CELLS = 64
+_MAX_LEGEND = 8  # names in a legend
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Curve:
     Attributes:
       title: Heading; names the CSV file. x_label, y_label: with units.
       series: {name: (x, y)}, both of one length.
-      log_x: Logarithmic x axis.
+      log_x, log_y: Logarithmic axes.
       vertical_lines: {label: x}, dashed.
     """
 
@@ -38,6 +39,7 @@ class Curve:
     y_label: str
     series: Mapping[str, tuple[Sequence[float], Sequence[float]]]
     log_x: bool = False
+    log_y: bool = False
     vertical_lines: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
@@ -149,12 +151,24 @@ def _png(figures: Sequence[Figure]) -> bytes:
 
 
 def _draw_curve(axes, figure: Curve) -> None:
-    for name, (x, y) in figure.series.items():
-        axes.plot(x, y, label=name, linewidth=1.5, marker="o" if len(x) <= 32 else None, markersize=3)
+    count = len(figure.series)
+    if is_many := count > _MAX_LEGEND:
+        # One colour after the other from dark to light; the legend names some of them.
+        import matplotlib
+
+        axes.set_prop_cycle(color=matplotlib.colormaps["viridis"](np.linspace(0, 0.95, count)))
+    named = np.unique(np.linspace(0, count - 1, min(count, _MAX_LEGEND)).round())
+    for number, (name, (x, y)) in enumerate(figure.series.items()):
+        axes.plot(
+            x, y, label=name if number in named else None, linewidth=1 if is_many else 1.5,
+            marker="o" if len(x) <= 32 else None, markersize=3,
+        )  # fmt: skip
     for label, x in figure.vertical_lines.items():
         axes.axvline(x, label=label, color="0.4", linewidth=1, linestyle="--")
     if figure.log_x:
         axes.set_xscale("log")
+    if figure.log_y:
+        axes.set_yscale("log")
     if len(figure.series) + len(figure.vertical_lines) > 1:
         axes.legend(frameon=False, fontsize="small")
     axes.grid(alpha=0.3)

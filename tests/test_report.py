@@ -8,6 +8,7 @@ import re
 import numpy as np
 import pytest
 
+from path_jax import report
 from path_jax.report import Curve, HeatMap, format_value, write_image, write_report
 
 CURVE = Curve(
@@ -24,6 +25,7 @@ PNG = b"\x89PNG\r\n"
 
 @pytest.fixture
 def matplotlib():
+    pytest.importorskip("matplotlib.figure")
     return pytest.importorskip("matplotlib")
 
 
@@ -75,6 +77,16 @@ def test_drawing_leaves_the_backend_alone(tmp_path, matplotlib):
     write_image(tmp_path / "one.png", [MAP])
     assert (tmp_path / "one.png").read_bytes().startswith(PNG)
     assert matplotlib.get_backend() == before
+
+
+def test_many_curves_leave_room_for_the_axes(tmp_path, matplotlib):
+    """A legend with a line for each of them would squeeze the axes to nothing."""
+    figure = matplotlib.figure.Figure()
+    axes = figure.add_subplot()
+    report._draw_curve(axes, Curve("layers", "x", "y", {f"layer {i}": ([0, 1], [1.0, 2.0]) for i in range(30)}))
+    assert len(axes.get_lines()) == 30
+    names = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert names[0] == "layer 0" and names[-1] == "layer 29" and len(names) == 8
 
 
 def test_figures_with_gaps(tmp_path, matplotlib):

@@ -230,7 +230,7 @@ def _layer_curve(config, metrics) -> report.Curve | None:
     _, label = _STAGE_LOSSES["mse"]
     layers = range(config["model"]["num_layers"])
     series = {f"layer {i}": (x, [record[f"layer_{i}"] for record in records]) for i in layers}
-    return report.Curve("Imitation error by layer", x_label, label, series)
+    return report.Curve("Imitation error by layer", x_label, label, series, log_y=True)
 
 
 def _gate_map(gates: Mapping[str, float], name: str, label: str) -> report.HeatMap | None:
