@@ -11,17 +11,15 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.blockwise import pages, reference, xla_operation
+from pallas_kernels.blockwise.gpu import operation as gpu_operation
 from pallas_kernels.blockwise.tpu import decode as tpu_decode
 from pallas_kernels.blockwise.tpu import operation as tpu_operation
 from pallas_kernels.blockwise.tpu import tuning
 from pallas_kernels.call import AttentionCall, Inputs, Options
 
-_OPERATIONS = {"tpu": tpu_operation, "xla": xla_operation}
+_OPERATIONS = {"tpu": tpu_operation, "gpu": gpu_operation, "xla": xla_operation}
 _AUTOMATIC = {"tpu": "tpu"}  # implementation -> the platform it is preferred on; `xla` serves everything else
-_NOT_YET = {
-    "gpu": "Mosaic GPU kernels are not part of this version",
-    "triton": "Triton kernels are not part of this version",
-}
+_NOT_YET = {"triton": "Triton kernels are not part of this version"}
 
 
 def refusals(call: AttentionCall) -> dict[str, str | None]:

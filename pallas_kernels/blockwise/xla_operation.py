@@ -68,7 +68,7 @@ def _from_query_tiles(settings, x, q, k):
     return from_tiles(x, padding + q.shape[1])[:, padding:]
 
 
-def _linear_stage(settings, q, k, w, beta):
+def linear_stage(settings, q, k, w, beta):
     """The operands that q, k, w and beta turn into; linear in q and in k."""
     accumulator = jnp.promote_types(jnp.float32, q.dtype)
     if w is None:
@@ -103,7 +103,7 @@ def forward(options: Options, inputs: Inputs):
     """Output [B, T, N, Hv] in q's dtype, lse [B, N, T] in the accumulator dtype, and nothing else to keep."""
     settings = _settings(options, inputs)
     q, k, v, w, beta, log_forget, segment_ids = inputs
-    frames = _linear_stage(settings, q, k, w, beta)
+    frames = linear_stage(settings, q, k, w, beta)
     out, lse = xla.forward(_operands(settings, frames, q, k, v, log_forget, segment_ids), settings)
     out, lse = (_from_query_tiles(settings, x, q, k) for x in (out, lse))
     return out.astype(q.dtype), lse.swapaxes(1, 2), None
@@ -114,7 +114,7 @@ def backward(options: Options, inputs: Inputs, out, lse, kept, dout, dlse):
     del kept
     settings = _settings(options, inputs)
     q, k, v, w, beta, log_forget, segment_ids = inputs
-    frames, linear_vjp = jax.vjp(functools.partial(_linear_stage, settings), q, k, w, beta)
+    frames, linear_vjp = jax.vjp(functools.partial(linear_stage, settings), q, k, w, beta)
     operands = _operands(settings, frames, q, k, v, log_forget, segment_ids)
     # Rows that pad a tile get cotangents 0, hence contribute nothing whatever their output and lse.
     out, dout = (_query_tiles(settings, x, q, k) for x in (out, dout))

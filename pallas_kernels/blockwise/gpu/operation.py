@@ -1,0 +1,275 @@
+"""One call on a Hopper GPU: the linear stage as array code, the quadratic stage as Mosaic GPU kernels.
+
+With the frame tree the kernels see what lies between tiles of 128 tokens; what a tile's queries find in their own tile
+comes out of the linear stage and is attended to here, forward and backward.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels import interpreter
+from pallas_kernels.blockwise import xla, xla_operation
+from pallas_kernels.blockwise.gpu import layout, schedule
+from pallas_kernels.blockwise.gpu.layout import LEAST, LOG2E, TILE
+from pallas_kernels.call import AttentionCall, Inputs, Options
+from pallas_kernels.householder import Frames, from_tiles, group_heads, to_tiles
+
+
+def refuses(call: AttentionCall) -> str | None:
+    """Why the kernels cannot serve the call, or None."""
+    version = tuple(int(part) for part in jax.__version__.split(".")[:2])
+    if version < (0, 11):
+        return f"needs JAX 0.11 or later, this is {jax.__version__}"
+    q, k, v = call.inputs[:3]
+    if not q.dtype == k.dtype == v.dtype or q.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"q, k, v must all be bfloat16 or all float16, got {q.dtype}, {k.dtype}, {v.dtype}"
+    if max(q.shape[3], v.shape[3]) > 128:
+        return f"heads of at most 128 numbers, got {q.shape[3]} and {v.shape[3]}"
+    if not (interpreter.active_mode() or _is_hopper_expected()):
+        return "runs on NVIDIA Hopper GPUs; elsewhere call it under pallas_kernels.interpret()"
+    return None
+
+
+def _is_hopper_expected() -> bool:
+    """Whether the program being traced will, as far as can be known, run on a GPU with wgmma."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    kind = device.device_kind if device is not None else jax.devices()[0].device_kind
+    return any(name in kind for name in ("H100", "H200", "H800", "H20", "GH200"))
+
+
+class _Setting(NamedTuple):
+    """What both directions derive from a call before they run a kernel."""
+
+    size: object  # kernels' Geometry
+    frames: Frames | None  # with the tree
+    linear_vjp: object
+    q: jax.Array  # [tiles, 128, N H]
+    k: jax.Array
+    v: jax.Array
+    inside: jax.Array | None  # base-2 gates up to and with each token [B, N, key tiles, 128]
+    behind: jax.Array | None
+    totals: jax.Array | None
+    ids: jax.Array | None
+    first_key: jax.Array | None
+
+
+def _interpret_mode(options):
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    return plgpu.InterpretGPUParams() if options.interpret is True else options.interpret or None
+
+
+def _setting(options: Options, inputs: Inputs, *, differentiate: bool) -> _Setting:
+    from pallas_kernels.blockwise.gpu.forward import Geometry
+
+    q, k, v, w, beta, log_forget, segment_ids = inputs
+    tree = w is not None
+    frames = linear_vjp = None
+    if tree:
+        stage = functools.partial(xla_operation.linear_stage, _tile_settings(options))
+        frames, linear_vjp = jax.vjp(stage, q, k, w, beta) if differentiate else (stage(q, k, w, beta), None)
+    num_keys = layout.num_tiles(k.shape[1])
+    size = Geometry(
+        batch=q.shape[0],
+        num_heads=q.shape[2],
+        num_kv_heads=k.shape[2],
+        num_queries=layout.num_tiles(layout.front(inputs) + q.shape[1]),
+        num_keys=num_keys,
+        head_dim=layout.padded(q.shape[3]),
+        v_head_dim=layout.padded(v.shape[3]),
+        logit_scale=options.scale * LOG2E,
+        tree=tree,
+        window=options.window,
+        interpret=_interpret_mode(options),
+    )
+    inside = behind = totals = None
+    if log_forget is not None:
+        inside, behind, totals = layout.gate_sums(log_forget, options.gate_scale * LOG2E)
+    return _Setting(
+        size, frames, linear_vjp,
+        layout.version_tiles(frames.query) if tree else layout.query_tiles(q, inputs),
+        layout.version_tiles(frames.key) if tree else layout.key_tiles(k),
+        layout.key_tiles(v), inside, behind, totals,
+        None if segment_ids is None else layout.segment_tiles(segment_ids),
+        layout.first_key(options, inputs, totals, inside),
+    )  # fmt: skip
+
+
+def _tile_settings(options):
+    return xla.Settings(scale=options.scale, gate_scale=options.gate_scale, tile_size=TILE, window=options.window)
+
+
+def _own_tiles(options: Options, inputs: Inputs, frames: Frames):
+    """Operands and settings of attention inside tiles: every tile is a batch row of its own."""
+    _, k, v, _, _, log_forget, segment_ids = inputs
+    rows = lambda x: x.reshape(1, -1, *x.shape[2:])
+    tiles = lambda x: rows(to_tiles(x, TILE))
+    if log_forget is not None:
+        log_forget = group_heads(tiles(log_forget.astype(jnp.float32)), k.shape[2])
+    if segment_ids is not None:
+        segment_ids = tiles(segment_ids[:, :, None])[:, :, 0]
+    frames = Frames(rows(frames.query)[:, :0], rows(frames.key)[:, :0], rows(frames.local))
+    return xla.Operands(frames, tiles(v), log_forget, segment_ids, None), _tile_settings(options)
+
+
+def _by_head(x, size):
+    """[1, tiles B, K, G, 128] -> [B, N, tiles, 128]."""
+    return jnp.moveaxis(x.reshape(-1, size.batch, size.num_heads, TILE), 0, 2)
+
+
+def _from_head(x, size):
+    """Inverse of `_by_head`."""
+    return jnp.moveaxis(x, 2, 0).reshape(1, -1, size.num_kv_heads, size.num_heads // size.num_kv_heads, TILE)
+
+
+def _own_attention(options, inputs, setting):
+    """What each query finds in its own tile: output and log-sum-exp as `attention_forward` takes them."""
+    size = setting.size
+    out, lse = xla.forward(*_own_tiles(options, inputs, setting.frames))
+    out = jnp.moveaxis(out.reshape(-1, size.batch, size.num_heads, *out.shape[-2:]), (0, 2), (1, 3))
+    out = out.reshape(size.batch, -1, *out.shape[3:])  # [B, T, N, Hv]
+    lse = LOG2E * _by_head(lse, size)
+    lse = jnp.where(jnp.isneginf(lse), LEAST, lse if setting.inside is None else lse - setting.inside)
+    return layout.key_tiles(out), lse
+
+
+def forward(options: Options, inputs: Inputs):
+    """Output [B, T, N, Hv] in q's dtype, lse [B, N, T] float32, and nothing else to keep."""
+    from pallas_kernels.blockwise.gpu.forward import attention_forward
+
+    setting = _setting(options, inputs, differentiate=False)
+    size, partial = setting.size, None
+    if size.tree:
+        partial = _own_attention(options, inputs, setting)
+    if size.tree and size.num_keys == 1:
+        out, lse = partial[0].astype(inputs.v.dtype), partial[1]
+    else:
+        out, lse = attention_forward(
+            setting.q, setting.k, setting.v, _query_gate(setting), setting.ids, setting.first_key, partial, size
+        )
+    is_empty = lse <= LEAST
+    lse = lse / LOG2E if setting.inside is None else (lse + setting.inside[:, :, size.offset :]) / LOG2E
+    lse = jnp.where(is_empty, -jnp.inf, lse).reshape(size.batch, size.num_heads, -1)
+    start, length = layout.front(inputs), inputs.q.shape[1]
+    out = layout.from_tiles(out, size.batch, start, length, size.num_heads, inputs.v.shape[3])
+    return out, lse[:, :, start : start + length], None
+
+
+def _query_gate(setting):
+    """`gate` of the kernels that go through the keys of queries."""
+    size = setting.size
+    if setting.inside is None:
+        return None
+    table = schedule.query_rows(size.num_queries, size.num_keys, size.tree, size.window).table
+    if size.tree:
+        between = layout.between(setting.totals, table[:, [1, 3]] - [[0, 1]], size.offset)
+    else:
+        between = jnp.zeros((size.batch, size.num_heads, len(table)), jnp.float32)
+    return setting.inside, layout.widened(setting.behind, setting.totals), between
+
+
+def _key_gate(setting):
+    """`gate` of the kernel that goes through the queries of keys."""
+    size = setting.size
+    if setting.inside is None:
+        return None
+    table = schedule.key_rows(size.num_queries, size.num_keys, size.tree, size.window).table
+    is_own = table[:, 2] + size.offset == table[:, 1]
+    pairs = table[:, [2, 1]] - np.stack([np.zeros_like(is_own), is_own], axis=1)  # of the own tile: never looked at
+    between = layout.between(setting.totals, pairs, size.offset)
+    return setting.inside, setting.behind, jnp.where(is_own, 0, between)
+
+
+def backward(options: Options, inputs: Inputs, out, lse, kept, dout, dlse):
+    """Cotangents of the inputs; recomputes the linear stage."""
+    from pallas_kernels.blockwise.gpu.backward import key_gradient, query_gradient
+
+    del kept
+    setting = _setting(options, inputs, differentiate=True)
+    size, (q, k, v), log_forget = setting.size, inputs[:3], inputs.log_forget
+    before = layout.front(inputs)
+    rows = lambda x: layout.rows_of_heads(x.swapaxes(1, 2), before)  # [B, N, T] -> [B, N, query tiles, 128]
+    is_empty = jnp.isneginf(lse)
+    delta = (dout * out.astype(jnp.float32)).sum(-1).swapaxes(1, 2) - jnp.where(is_empty, 0, dlse)
+    delta = rows(delta)
+    natural_lse = rows(jnp.where(is_empty, -LEAST, lse))
+    base2_lse = LOG2E * natural_lse
+    if setting.inside is not None:
+        base2_lse = base2_lse - setting.inside[:, :, size.offset :]
+    dout_tiles = layout.query_tiles(dout.astype(v.dtype), inputs)
+    arguments = setting.q, setting.k, setting.v, dout_tiles
+    if size.tree and size.num_keys == 1:
+        dq, dk, dv = (jnp.zeros_like(x) for x in arguments[:3])
+        row_sums = column_sums = jnp.zeros(delta.shape, jnp.float32)
+    else:
+        dq, row_sums = query_gradient(
+            *arguments, base2_lse, delta, _query_gate(setting), setting.ids, setting.first_key, size
+        )
+        table = schedule.query_rows(size.num_queries, size.num_keys, size.tree, size.window).table
+        row_sums = jnp.zeros(delta.shape, jnp.float32).at[:, :, table[:, 1]].add(row_sums)
+        dk, dv, column_sums = key_gradient(
+            *arguments, _vectors(setting, base2_lse, delta), _key_gate(setting), setting.ids, _last_query(setting), size
+        )
+    dv = layout.from_tiles(dv, size.batch, 0, v.shape[1], size.num_kv_heads, v.shape[3])
+    dw = dbeta = dlog_forget = None
+    if size.tree:
+        dlocal, dv_own, dgate_own = _own_gradient(options, inputs, setting, natural_lse, delta, dout_tiles)
+        dv = (dv.astype(jnp.float32) + dv_own).astype(v.dtype)
+        frames = setting.frames
+        dframes = Frames(layout.from_version_tiles(dq, frames.query), layout.from_version_tiles(dk, frames.key), dlocal)
+        dq, dk, dw, dbeta = setting.linear_vjp(dframes)
+    else:
+        dq = layout.from_tiles(dq, size.batch, before, q.shape[1], size.num_heads, q.shape[3])
+        dk = layout.from_tiles(dk, size.batch, 0, k.shape[1], size.num_kv_heads, k.shape[3])
+    if log_forget is not None:
+        # A gate moves the logits of all paths across it.
+        dcumulative = (-column_sums).at[:, :, size.offset :].add(row_sums)
+        dcumulative = dcumulative.reshape(size.batch, size.num_heads, -1)
+        dlog_forget = options.gate_scale * jax.lax.cumsum(dcumulative, axis=2, reverse=True)
+        dlog_forget = dlog_forget[:, :, : k.shape[1]].swapaxes(1, 2)
+        if size.tree:
+            dlog_forget += dgate_own
+        dlog_forget = dlog_forget.astype(log_forget.dtype)
+    return Inputs(dq, dk, dv, dw, dbeta, dlog_forget, None)
+
+
+def _vectors(setting, lse, delta):
+    """`vectors` of `key_gradient`."""
+    size = setting.size
+    halves = lambda x: x.reshape(size.batch, size.num_heads, -1, TILE // 2)
+    passed = jnp.zeros((size.batch, size.num_heads, size.num_queries))
+    if setting.totals is not None:
+        passed = setting.totals[:, :, size.offset :]
+    passed = jnp.stack([jnp.zeros_like(passed), passed], axis=-1).reshape(size.batch, size.num_heads, -1)
+    return layout.widened(jnp.concatenate([halves(lse), halves(delta)], axis=-1), passed)
+
+
+def _last_query(setting):
+    """Last tile of queries that needs each tile of keys."""
+    first, size = setting.first_key, setting.size
+    if first is None:
+        return None
+    needs = first[:, :, None] <= jnp.arange(size.num_keys)[:, None]
+    return jnp.where(needs, jnp.arange(size.num_queries), -1).max(-1).astype(jnp.int32)
+
+
+def _own_gradient(options, inputs, setting, lse, delta, dout):
+    """Cotangents of the tiles' own logits, of v and of log_forget from what queries find in their own tile."""
+    size, (_, _, v, _, _, log_forget, _) = setting.size, inputs
+    operands, settings = _own_tiles(options, inputs, setting.frames)
+    tokens = size.num_keys * TILE
+    dout = layout.from_tiles(dout, size.batch, 0, tokens, size.num_heads, v.shape[3])
+    dout = group_heads(to_tiles(dout, TILE), size.num_kv_heads)
+    dout = dout.reshape(1, -1, *dout.shape[2:])
+    # delta is already there: the output itself is not needed.
+    zeros = jnp.zeros(dout.shape, jnp.float32)
+    dframes, dv, dgate = xla.backward(operands, settings, zeros, _from_head(lse, size), dout, -_from_head(delta, size))
+    tiles = lambda x: x.reshape(size.num_keys, size.batch, *x.shape[2:])
+    if log_forget is not None:
+        dgate = tiles(dgate)
+        dgate = from_tiles(dgate.reshape(*dgate.shape[:2], -1, TILE), log_forget.shape[1])
+    return tiles(dframes.local), from_tiles(tiles(dv), v.shape[1]), dgate

@@ -1,0 +1,100 @@
+"""Words of the Mosaic GPU kernels: layouts, shared memory, loads, and the one product that interpret mode cannot run.
+
+The kernels need JAX 0.11 or later; import this file only where they are about to run.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.blockwise.gpu.layout import TILE
+
+HALF = TILE // 2  # rows of one of the two compute warpgroups
+MATRIX = plgpu.Layout.WGMMA
+ROWS = MATRIX.reduce(1)  # one value per row
+COLUMNS = MATRIX.reduce(0)  # one value per column
+
+
+def swizzled(shape, dtype):
+    """Shared memory as wgmma reads it; rows of 64, 128, ... 16-bit numbers."""
+    return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)))
+
+
+def vector(*shape, dtype=jnp.float32):
+    """Shared memory without a transform."""
+    return plgpu.SMEM(shape, dtype)
+
+
+def barriers(count, arrivals=1):
+    """An array of barriers."""
+    return plgpu.Barrier(num_arrivals=arrivals, num_barriers=count)
+
+
+def load(ref, layout, *, optimized=True):
+    """Registers in a layout, from shared memory or (optimized=False) global memory."""
+    return plgpu.load(ref, layout=layout, optimized=optimized)
+
+
+def full(shape, value, layout):
+    """A constant in a layout."""
+    return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
+
+
+def along(x, axis, like):
+    """Repeats a value per row (axis 0) or per column (axis 1) over the matrix `like`."""
+    return jax.lax.broadcast_in_dim(x, like.shape, [axis])
+
+
+def index(like, axis):
+    """Row or column numbers of a matrix."""
+    return plgpu.broadcasted_iota(jnp.int32, like.shape, axis, layout=MATRIX)
+
+
+def visible(distance, window, ids):
+    """Mask of a tile of logits.
+
+    Args:
+      distance: from query back to key, of every element.
+      window: how many keys a query sees, or None.
+      ids: None, or the documents of queries and of keys, each spread over the tile; 0 is padding.
+    """
+    mask = distance >= 0
+    if window is not None:
+        mask &= distance < window
+    if ids is not None:
+        query, key = ids
+        mask &= (query == key) & (query > 0)
+    return mask
+
+
+def await_reuse(barrier):
+    """Producer: waits for a free buffer, and orders the ordinary loads from it before the copy that follows."""
+    plgpu.barrier_wait(barrier)
+    plgpu.commit_smem()
+
+
+def int32(x):
+    """Scalars of the kernels have 32 bits, whatever `jax_enable_x64` says."""
+    return jnp.asarray(x, jnp.int32)
+
+
+def loop(start, stop, body, carry):
+    """`jax.lax.fori_loop` over int32."""
+    return jax.lax.fori_loop(int32(start), int32(stop), body, carry)
+
+
+def accumulate(interpret, *terms):
+    """[acc + a @ b for acc, a, b in terms]; acc and a in registers, b in shared memory.
+
+    Interpret mode has neither `run_state` nor products with an operand in registers: there it is an ordinary product.
+    This is the only text of the kernels that differs between the two.
+    """
+    if interpret:
+        return [acc + jnp.dot(a, b[...], preferred_element_type=jnp.float32) for acc, a, b in terms]
+
+    def run(refs):
+        for ref, (_, a, b) in zip(refs, terms):
+            plgpu.wgmma(ref, a, b)
+
+    return pl.run_state(run)(tuple(plgpu.ACC.init(acc) for acc, _, _ in terms))

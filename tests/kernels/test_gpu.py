@@ -1,0 +1,131 @@
+"""The Mosaic GPU kernels in interpret mode, in bfloat16, against the reference in float64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from kernels.recurrence import TOLERANCE, random_inputs, relative_error
+from kernels.test_tpu import DOCUMENTS, compare
+
+import pallas_kernels
+from pallas_kernels import explain, forgetting_attention, path_attention
+from pallas_kernels.blockwise.gpu import schedule
+from pallas_kernels.householder import frame_tree_rows
+
+is_old = tuple(int(part) for part in jax.__version__.split(".")[:2]) < (0, 11)
+needs_interpreter = pytest.mark.skipif(is_old, reason="the kernels need JAX 0.11 or later")
+
+CASES = {
+    "path_fox, grouped": (path_attention, dict(length=400, heads=2, kv_heads=1, gate=0.05), {}),
+    "fox, fewer queries, window, documents": (
+        forgetting_attention,
+        dict(length=400, queries=300, heads=2, kv_heads=1, path=False),
+        dict(window=150, segment_ids=DOCUMENTS),
+    ),
+}
+SLOW_CASES = {
+    "path": (path_attention, dict(length=300, gate=None), {}),
+    "path, one tile": (path_attention, dict(length=70, v_head_dim=24), {}),
+    "path, documents": (path_attention, dict(length=400, heads=1, kv_heads=1), dict(segment_ids=DOCUMENTS)),
+    "path, head dims": (path_attention, dict(length=260, heads=1, kv_heads=1, head_dim=96, v_head_dim=128), {}),
+    "path, scales": (path_attention, dict(length=260, heads=1, kv_heads=1), dict(scale=-0.3, gate_scale=0.5)),
+    "path, two rows": (path_attention, dict(length=260, batch=2), {}),
+    "path, pruned": (path_attention, dict(length=700, heads=1, kv_heads=1, gate=3.0), dict(prune="auto")),
+    "fox": (forgetting_attention, dict(length=300, path=False), {}),
+    "fox, five tiles": (forgetting_attention, dict(length=620, heads=1, kv_heads=1, path=False), {}),
+    "fox, two keys per query": (forgetting_attention, dict(length=300, path=False), dict(window=2)),
+    "fox, pruned": (
+        forgetting_attention,
+        dict(length=700, heads=1, kv_heads=1, path=False, gate=3.0),
+        dict(prune="auto"),
+    ),
+    "fox, head dims": (forgetting_attention, dict(length=140, path=False, head_dim=128, v_head_dim=72), {}),
+}
+
+
+def assert_accurate(op, shape, options, dtype):
+    """Within the tolerance of 16-bit inputs, and at most 1.25 times as far off as `xla` on the same."""
+    inputs = random_inputs(0, **shape)
+    actual, desired = compare(op, inputs, dtype, implementation="gpu", w_dtype="float32", **options)
+    peer, _ = compare(op, inputs, dtype, implementation="xla", w_dtype="float32", **options)
+    np.testing.assert_allclose(actual[0][1], desired[0][1], atol=TOLERANCE["bfloat16"]["output"])  # log-sum-exp
+    (out, _), gradients = jax.tree.map(relative_error, actual, desired)
+    (peer_out, _), peer_gradients = jax.tree.map(relative_error, peer, desired)
+    assert out <= min(TOLERANCE["bfloat16"]["output"], 1.25 * peer_out)
+    for name, error in gradients.items():
+        assert error <= TOLERANCE["bfloat16"]["gradient"], name
+        assert error <= 1.25 * peer_gradients[name], (name, error, peer_gradients[name])
+
+
+@needs_interpreter
+@pytest.mark.parametrize(
+    "op, shape, options",
+    [
+        *(pytest.param(*case, id=name) for name, case in CASES.items()),
+        *(pytest.param(*case, id=name, marks=pytest.mark.slow) for name, case in SLOW_CASES.items()),
+    ],
+)
+def test_bfloat16(op, shape, options):
+    with pallas_kernels.interpret():
+        assert_accurate(op, shape, options, "bfloat16")
+
+
+@needs_interpreter
+@pytest.mark.slow
+@pytest.mark.parametrize("op, path", [(path_attention, True), (forgetting_attention, False)])
+def test_float16_without_races(op, path):
+    from jax._src.pallas.mosaic_gpu.interpret.interpret_pallas_call import get_races
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    shape = dict(length=400, heads=2, kv_heads=1, gate=0.05, path=path)
+    with pallas_kernels.interpret(plgpu.InterpretGPUParams(detect_races=True)):
+        assert_accurate(op, shape, dict(), "float16")
+    assert not get_races().races_found
+
+
+def test_what_the_kernels_refuse():
+    inputs = {name: jnp.asarray(x, "bfloat16") for name, x in random_inputs(0, 8, path=False).items()}
+    refusal = lambda inputs: explain(forgetting_attention, **inputs)["gpu"]
+    if is_old:
+        assert "JAX 0.11" in refusal(inputs)
+        return
+    assert "interpret()" in refusal(inputs)
+    with pallas_kernels.interpret():
+        assert refusal(inputs) is None
+        assert "all float16" in refusal({name: x.astype("float32") for name, x in inputs.items()})
+        wide = {name: jnp.repeat(x, 20, axis=-1) if x.ndim == 4 else x for name, x in inputs.items()}
+        assert "at most 128" in refusal(wide)
+
+
+@pytest.mark.parametrize("num_tiles", [1, 2, 3, 8, 13])
+def test_rows_of_the_tree_meet_every_pair_once(num_tiles):
+    expected = {tuple(row) for row in frame_tree_rows(num_tiles).tolist()}
+    by_query = schedule.query_rows(num_tiles, num_tiles, True, None)
+    found = [
+        (tile, b, version, keys + b - first)
+        for version, tile, first, end, keys in by_query.table.tolist()
+        for b in range(first, end)
+    ]
+    assert len(found) == len(expected) and set(found) == expected
+    by_key = schedule.key_rows(num_tiles, num_tiles, True, None)
+    found = [
+        (a, tile, queries + a - first, version)
+        for version, tile, first, end, queries in by_key.table.tolist()
+        for a in range(first, end)
+    ]
+    assert len(found) == len(expected) and set(found) == expected
+    for rows in (by_query, by_key):
+        for tile in range(num_tiles):
+            assert (rows.table[rows.starts[tile] : rows.starts[tile + 1], 1] == tile).all()
+
+
+@pytest.mark.parametrize("window", [None, 1, 2, 129, 130, 300])
+def test_rows_of_a_window(window):
+    num_queries, num_keys, tile = 3, 5, schedule.TILE
+    distance = np.arange(tile * num_keys)[-tile * num_queries :, None] - np.arange(tile * num_keys)
+    visible = (distance >= 0) & (distance < (window or np.inf))
+    needed = visible.reshape(num_queries, tile, num_keys, tile).any((1, 3))
+    for rows, table in ((needed, schedule.query_rows), (needed.T, schedule.key_rows)):
+        for _, own, first, end, version in table(num_queries, num_keys, False, window).table.tolist():
+            assert version == first
+            np.testing.assert_array_equal(np.flatnonzero(rows[own]), np.arange(first, end))
