@@ -80,7 +80,7 @@ def _evaluate() -> None:
 
 def main(_) -> None:
     """Prints one line and exits with status 1 for input that cannot work."""
-    logging.set_verbosity(logging.WARNING)  # absl shows INFO, of which checkpoint reading writes a screenful
+    logging.set_verbosity(logging.ERROR)  # Orbax warns about metadata that parameters alone do not have
     try:
         _evaluate()
     except (ValueError, OSError, NotImplementedError, ImportError) as error:  # FileNotFoundError is an OSError

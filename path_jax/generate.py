@@ -110,7 +110,7 @@ def run(args: argparse.Namespace, write: Callable[[str], object]) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Prints one line and exits with status 1 for input that cannot work."""
     args = _parser().parse_args(argv)
-    logging.set_verbosity(logging.WARNING)
+    logging.set_verbosity(logging.ERROR)  # Orbax warns about metadata that parameters alone do not have
 
     def write(text):
         sys.stdout.write(text)
