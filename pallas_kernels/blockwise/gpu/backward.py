@@ -58,8 +58,8 @@ def query_gradient(q, k, v, dout, lse, delta, gate, segment_ids, first_key, size
     operands |= dict(first=first_key) if has_first else {}
     names = tuple(operands)
 
-    def kernel(*refs, scratch):
-        hbm, s = dict(zip(names, refs)), scratch
+    def query_gradient_kernel(*refs, **s):
+        hbm = dict(zip(names, refs))
         dq_hbm, sums_hbm = refs[len(names) :]
         head, batch, warpgroup = (jax.lax.axis_index(name) for name in ("head", "batch", "warpgroup"))
         row = hbm["order"][jax.lax.axis_index("row")]
@@ -183,7 +183,7 @@ def query_gradient(q, k, v, dout, lse, delta, gate, segment_ids, first_key, size
     if has_ids:
         scratch |= dict(key_ids=vector(stages, TILE, dtype=jnp.int32), query_ids=vector(TILE, dtype=jnp.int32))
     return plgpu.kernel(
-        lambda *refs, **scratch: kernel(*refs, scratch=scratch),
+        query_gradient_kernel,
         out_type=(
             jax.ShapeDtypeStruct(q.shape, q.dtype),
             jax.ShapeDtypeStruct((size.batch, size.num_heads, len(order), TILE), jnp.float32),
@@ -222,8 +222,8 @@ def key_gradient(q, k, v, dout, vectors, gate, segment_ids, last_query, size: Ge
     operands |= dict(last=last_query) if has_last else {}
     names = tuple(operands)
 
-    def kernel(*refs, scratch):
-        hbm, s = dict(zip(names, refs)), scratch
+    def key_gradient_kernel(*refs, **s):
+        hbm = dict(zip(names, refs))
         dk_hbm, dv_hbm, sums_hbm = refs[len(names) :]
         kv_head, batch, warpgroup = (jax.lax.axis_index(name) for name in ("head", "batch", "warpgroup"))
         tile = jax.lax.axis_index("tile")  # the first ones have the most queries
@@ -408,7 +408,7 @@ def key_gradient(q, k, v, dout, vectors, gate, segment_ids, last_query, size: Ge
     if has_ids:
         scratch |= dict(query_ids=vector(stages, HALF, dtype=jnp.int32), key_ids=vector(TILE, dtype=jnp.int32))
     return plgpu.kernel(
-        lambda *refs, **scratch: kernel(*refs, scratch=scratch),
+        key_gradient_kernel,
         out_type=(
             jax.ShapeDtypeStruct(k.shape, k.dtype),
             jax.ShapeDtypeStruct(v.shape, v.dtype),

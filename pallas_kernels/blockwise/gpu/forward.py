@@ -101,10 +101,9 @@ def attention_forward(q, k, v, gate, segment_ids, first_key, partial, size: Geom
     operands |= dict(zip(("partial_out", "partial_lse"), partial)) if tree else {}
     names = tuple(operands)
 
-    def kernel(*refs, scratch):
+    def attention_forward_kernel(*refs, **s):
         hbm = dict(zip(names, refs))
         out_hbm, lse_hbm = refs[len(names) :]
-        s = scratch
         head, batch, warpgroup = (jax.lax.axis_index(name) for name in ("head", "batch", "warpgroup"))
         tile = size.num_queries - 1 - jax.lax.axis_index("tile")  # the longest first
         kv_head = jax.lax.div(head, int32(group))
@@ -294,7 +293,7 @@ def attention_forward(q, k, v, gate, segment_ids, first_key, partial, size: Geom
         scratch |= dict(own_full=plgpu.Barrier(num_arrivals=own))
     num_tiles = size.batch * size.num_queries
     return plgpu.kernel(
-        lambda *refs, **scratch: kernel(*refs, scratch=scratch),
+        attention_forward_kernel,
         out_type=(
             jax.ShapeDtypeStruct((num_tiles, TILE, size.num_heads * size.v_head_dim), v.dtype),
             jax.ShapeDtypeStruct((size.batch, size.num_heads, size.num_queries, TILE), jnp.float32),
