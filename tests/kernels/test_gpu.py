@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from kernels.recurrence import TOLERANCE, random_inputs, relative_error
-from kernels.test_tpu import DOCUMENTS, compare
+from kernels.test_tpu import DOCUMENTS, compare, parameters
 
 import pallas_kernels
 from pallas_kernels import explain, forgetting_attention, path_attention
@@ -60,10 +60,7 @@ def assert_accurate(op, shape, options, dtype):
 @needs_interpreter
 @pytest.mark.parametrize(
     "op, shape, options",
-    [
-        *(pytest.param(*case, id=name) for name, case in CASES.items()),
-        *(pytest.param(*case, id=name, marks=pytest.mark.slow) for name, case in SLOW_CASES.items()),
-    ],
+    parameters(CASES, SLOW_CASES),
 )
 def test_bfloat16(op, shape, options):
     with pallas_kernels.interpret():

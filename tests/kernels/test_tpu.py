@@ -51,6 +51,12 @@ def compare(op, inputs, dtype="float32", segment_ids=None, implementation="tpu",
     return actual, in_float64(op, inputs, cotangents, segment_ids, **options)
 
 
+def parameters(cases, slow_cases):
+    """{name: arguments} of both as pytest parameters."""
+    named = lambda cases, **marks: [pytest.param(*case, id=name, **marks) for name, case in cases.items()]
+    return named(cases) + named(slow_cases, marks=pytest.mark.slow)
+
+
 # Three superchunks of 128 and a tail; the tree above them has two levels, the second of them not full.
 CASES = {
     "path_fox, grouped": (path_attention, dict(length=400, heads=2, kv_heads=1), {}),
@@ -79,10 +85,7 @@ SLOW_CASES = {
 
 @pytest.mark.parametrize(
     "op, shape, options",
-    [
-        *(pytest.param(*case, id=name) for name, case in CASES.items()),
-        *(pytest.param(*case, id=name, marks=pytest.mark.slow) for name, case in SLOW_CASES.items()),
-    ],
+    parameters(CASES, SLOW_CASES),
 )
 def test_float32(op, shape, options):
     with pallas_kernels.interpret():

@@ -27,6 +27,7 @@ from pallas_kernels.blockwise.gpu.primitives import (
     along,
     await_reuse,
     barriers,
+    drain,
     full,
     index,
     int32,
@@ -102,10 +103,7 @@ def query_gradient(q, k, v, dout, lse, delta, gate, segment_ids, first_key, size
                 tile = hbm["k"].at[size.key_tile(first_version + key - first, batch), :, panel]
                 plgpu.copy_gmem_to_smem(tile, s["k"].at[slot], full_keys)
 
-            @pl.loop(jnp.maximum(count - stages, 0), count)
-            def drain(i):
-                plgpu.barrier_wait(s["k_free"].at[jax.lax.rem(i, int32(stages))])
-                plgpu.barrier_wait(s["v_free"].at[jax.lax.rem(i, int32(stages))])
+            drain(count, stages, s["k_free"], s["v_free"])
 
         @pl.when(warpgroup < 2)
         def compute():
@@ -285,13 +283,8 @@ def key_gradient(q, k, v, dout, vectors, gate, segment_ids, last_query, size: Ge
 
             steps = loop(start, end, copy_row, int32(0))
 
-            @pl.loop(jnp.maximum(steps - stages, 0), steps)
-            def drain(i):
-                plgpu.barrier_wait(s["q_free"].at[jax.lax.rem(i, int32(stages))])
-
-            @pl.loop(jnp.maximum(end - start - num_buffers, 0), end - start)
-            def drain_rows(i):
-                plgpu.barrier_wait(s["k_free"].at[jax.lax.rem(i, int32(num_buffers))])
+            drain(steps, stages, s["q_free"])
+            drain(end - start, num_buffers, s["k_free"])
 
         @pl.when(warpgroup < 2)
         def compute():

@@ -26,6 +26,7 @@ from pallas_kernels.blockwise.gpu.primitives import (
     along,
     await_reuse,
     barriers,
+    drain,
     full,
     index,
     int32,
@@ -160,17 +161,9 @@ def attention_forward(q, k, v, gate, segment_ids, first_key, partial, size: Geom
 
             steps = each_row(copy_row, int32(0))
 
-            # Every completed phase is waited for before the barriers go out of scope.
-            @pl.loop(jnp.maximum(steps - stages, 0), steps)
-            def drain(i):
-                plgpu.barrier_wait(s["k_free"].at[jax.lax.rem(i, int32(stages))])
-                plgpu.barrier_wait(s["v_free"].at[jax.lax.rem(i, int32(stages))])
-
+            drain(steps, stages, s["k_free"], s["v_free"])
             if tree:
-
-                @pl.loop(jnp.maximum(end - start - num_buffers, 0), end - start)
-                def drain_rows(i):
-                    plgpu.barrier_wait(s["q_free"].at[jax.lax.rem(i, int32(num_buffers))])
+                drain(end - start, num_buffers, s["q_free"])
 
         @pl.when(warpgroup < 2)
         def compute():

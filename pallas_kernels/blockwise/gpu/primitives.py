@@ -74,6 +74,15 @@ def await_reuse(barrier):
     plgpu.commit_smem()
 
 
+def drain(steps, stages, *arrays):
+    """Producer: waits for the last use of every buffer, before the barriers go out of scope."""
+
+    @pl.loop(jnp.maximum(steps - stages, 0), steps)
+    def wait(i):
+        for array in arrays:
+            plgpu.barrier_wait(array.at[jax.lax.rem(i, int32(stages))])
+
+
 def int32(x):
     """Scalars of the kernels have 32 bits, whatever `jax_enable_x64` says."""
     return jnp.asarray(x, jnp.int32)
