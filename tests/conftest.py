@@ -5,6 +5,8 @@ import os
 import shutil
 import tempfile
 
+import pytest
+
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Compilation is most of the suite's time. The LLVM level changes no HLO; the scripts' own tests run without it.
 os.environ["XLA_FLAGS"] = (
@@ -16,6 +18,14 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
+import jax  # noqa: E402
 from jaxtyping import install_import_hook  # noqa: E402
 
 install_import_hook(["pallas_kernels"], "beartype.beartype")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _forget_programs():
+    """Every compiled program holds memory maps, of which Linux allows a process 65,530; beyond, compilation crashes."""
+    yield
+    jax.clear_caches()
