@@ -1,41 +1,20 @@
-"""Compiles one case for a TPU that is not there, in a process of its own.
+"""Compiles one case for a TPU that is not there.
 
-libtpu holds the TPU compiler and works on any host, but reads its options once per process, so every compilation gets a
-fresh one: `compile_case` starts it, and this module run as a program is it.
+libtpu holds the TPU compiler and works on any host. `compile_case` starts a process, which runs this module.
 
 The abstract mesh of the TPU is current while the case is built and traced: `jax.sharding.get_abstract_mesh()` has an
 `abstract_device` whose `device_kind` names the TPU that is compiled for, and `pltpu.get_tpu_info()` describes it.
 """
 
-import dataclasses
-import importlib
 import json
 import os
-import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
+from benchmarks import ahead_of_time
 from benchmarks.tpu_chips import full_topology
 
 LAYOUTS = ("auto", "default")
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """A program to count.
-
-    Attributes:
-      function: what is compiled; jitted or not.
-      inputs: its arguments as a tuple of trees of `jax.ShapeDtypeStruct`.
-      flops: useful floating-point operations, for the share of the peak.
-      tables: contents of scalar-prefetch operands that are not constants of the program, {operand index: array}.
-    """
-
-    function: object
-    inputs: tuple
-    flops: int | None = None
-    tables: dict = dataclasses.field(default_factory=dict)
 
 
 def compile_case(
@@ -62,32 +41,13 @@ def compile_case(
     if dump is not None:
         dump.mkdir(parents=True, exist_ok=True)
         options += [f"--xla_jf_dump_to={dump.resolve()}", "--xla_jf_dump_llo_text=true", "--xla_jf_dump_hlo_text=true"]
-    root = Path(__file__).parent.parent
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu",  # leave an attached accelerator alone
+    environment = {
         "TPU_SKIP_MDS_QUERY": "1",
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # several compilations may run at once
-        "TF_CPP_MIN_LOG_LEVEL": "3",
         "LIBTPU_INIT_ARGS": " ".join(filter(None, options)),
-        "PYTHONPATH": os.pathsep.join(filter(None, (str(root), os.environ.get("PYTHONPATH")))),
     }
-    request = {"case": case, "topology": full_topology(topology), "arguments": arguments, "layouts": layouts}
-    with tempfile.TemporaryDirectory() as folder:
-        result = Path(folder) / "compiled.json"
-        command = [sys.executable, "-m", "benchmarks.tpu_compile", json.dumps(request), str(result)]
-        try:
-            done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout)
-        except subprocess.TimeoutExpired:
-            raise RuntimeError(f"{case} for {topology} took more than {timeout:.0f} s to compile") from None
-        if done.returncode:
-            message = [line for line in done.stderr.splitlines() if line.strip() and line[:2] not in ("I0", "W0", "E0")]
-            raise RuntimeError("\n".join(message)[-4000:])
-        return json.loads(result.read_text())
-
-
-def _load(case: str):
-    module, _, function = case.rpartition(":")
-    return getattr(importlib.import_module(module), function)
+    request = {"case": case, "target": full_topology(topology), "arguments": arguments, "layouts": layouts}
+    return ahead_of_time.run("benchmarks.tpu_compile", request, environment, timeout)[0]
 
 
 def _compile(request: dict) -> dict:
@@ -97,13 +57,13 @@ def _compile(request: dict) -> dict:
     from jax.experimental.layout import Format, Layout
     from jax.sharding import NamedSharding, PartitionSpec
 
-    topology = topologies.get_topology_desc(platform="tpu", topology_name=request["topology"])
+    topology = topologies.get_topology_desc(platform="tpu", topology_name=request["target"])
     mesh = jax.sharding.Mesh(np.array(topology.devices[:1]), ("device",))
     placement = NamedSharding(mesh, PartitionSpec())
     if request["layouts"] == "auto":
         placement = Format(Layout.AUTO, placement)
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # a concrete mesh would send eager operations to it
-        case = _load(request["case"])(**request["arguments"])
+        case = ahead_of_time.build(request)
         function = jax.jit(case.function, in_shardings=placement, out_shardings=placement)
         compiled = function.trace(*case.inputs).lower(lowering_platforms=("tpu",)).compile()
     tables = {index: np.asarray(table) for index, table in case.tables.items()}

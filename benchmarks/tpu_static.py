@@ -1,6 +1,6 @@
 """Cycles of TPU kernels without a TPU, from the schedule that the TPU compiler itself makes; deterministic.
 
-    python -m benchmarks.tpu_static count benchmarks.tpu_cases:matmul -t v5e v6e -a m=1024 -a k=1024 -a n=1024 --regions
+    python -m benchmarks.tpu_static count benchmarks.cases:matmul -t v5e v6e -a m=1024 -a k=1024 -a n=1024 --regions
     python -m benchmarks.tpu_static table --output results/tpu_static.md --only 'path.*T8192' --chips v5e
 
 `count` compiles one case (a function returning a `tpu_compile.Case`) and prints a line per kernel:
@@ -22,6 +22,7 @@ import json
 from pathlib import Path
 
 from benchmarks import tpu_table
+from benchmarks.ahead_of_time import argument
 from benchmarks.tpu_chips import COPY_LATENCY, chip_of
 from benchmarks.tpu_compile import LAYOUTS
 from benchmarks.tpu_count import Count, analyze
@@ -68,14 +69,6 @@ def format_count(count: Count, regions: bool = False, num_regions: int = 12) -> 
     return "\n".join(lines)
 
 
-def _argument(text):
-    key, _, value = text.partition("=")
-    try:
-        return key, json.loads(value)
-    except json.JSONDecodeError:
-        return key, value
-
-
 def _parser():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -107,7 +100,7 @@ def main(argv=None):
     results = []
     for topology in args.topology:
         count = analyze(
-            args.case, topology, dict(map(_argument, args.argument)), layouts=args.layouts,
+            args.case, topology, dict(map(argument, args.argument)), layouts=args.layouts,
             keep=args.keep and args.keep / topology.split(":")[0], skip_unknown=args.skip_unknown,
             latency=args.copy_latency_us * 1e-6,
         )  # fmt: skip

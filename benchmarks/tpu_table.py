@@ -64,11 +64,11 @@ class Cell:
         """Case and arguments for `analyze`."""
         common = {"T": self.length, "H": self.head_dim, "N": NUM_HEADS, "backward": self.direction == "backward"}
         if self.op == "flash":
-            return "benchmarks.tpu_cases:flash", common | {"block": self.blocks[0]}
+            return "benchmarks.cases:flash", common | {"block": self.blocks[0]}
         if self.op == "splash":
             blocks = dict(zip(("block_q", "block_kv", "block_kv_compute"), self.blocks))
-            return "benchmarks.tpu_cases:splash", common | {"K": self.kv_heads} | blocks
-        return "benchmarks.tpu_cases:attention", common | {"op": self.op, "K": self.kv_heads}
+            return "benchmarks.cases:splash", common | {"K": self.kv_heads} | blocks
+        return "benchmarks.cases:attention", common | {"op": self.op, "K": self.kv_heads}
 
 
 def all_cells(chips) -> list[Cell]:

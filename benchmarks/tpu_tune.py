@@ -22,7 +22,7 @@ def best_keys(chip: str, head_dim: int, length: int, direction: str) -> int:
     for keys in CANDIDATES:
         arguments = {"op": "fox", "T": length, "H": head_dim, "backward": direction == "backward", "keys": keys}
         try:
-            costs[keys] = analyze("benchmarks.tpu_cases:attention", chip, arguments).cost
+            costs[keys] = analyze("benchmarks.cases:attention", chip, arguments).cost
         except RuntimeError as error:  # does not fit
             print(f"  {keys} keys: {str(error).strip().splitlines()[-1]}", flush=True)
     if not costs:

@@ -16,29 +16,29 @@ from pallas_kernels.call import AttentionCall
 
 def attend(call: AttentionCall, implementation: str | None, return_lse: bool):
     """What the public operations return."""
-    candidates = dispatch.choose(call, implementation)
+    choice = dispatch.choose(call, implementation)
     options, inputs = dataclasses.replace(call.options, interpret=interpreter.active_mode()), call.inputs
-    if candidates == ("reference",):
+    if choice == (("default", "reference"),):
         out, lse = reference.attention(options, inputs)
     else:
-        out, lse = _compiled(candidates, options, inputs)
+        out, lse = _compiled(choice, options, inputs)
     out = out.astype(inputs.q.dtype)
     return (out, lse) if return_lse else out
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attend(candidates, options, inputs):
-    out, lse, _ = dispatch.forward(candidates, options, inputs)
+def _attend(choice, options, inputs):
+    out, lse, _ = dispatch.forward(choice, options, inputs)
     return out, lse
 
 
-def _attend_fwd(candidates, options, inputs):
-    out, lse, kept = dispatch.forward(candidates, options, inputs)
+def _attend_fwd(choice, options, inputs):
+    out, lse, kept = dispatch.forward(choice, options, inputs)
     return (out, lse), (inputs, out, lse, kept)
 
 
-def _attend_bwd(candidates, options, residuals, cotangents):
-    return (dispatch.backward(candidates, options, *residuals, *cotangents),)
+def _attend_bwd(choice, options, residuals, cotangents):
+    return (dispatch.backward(choice, options, *residuals, *cotangents),)
 
 
 _attend.defvjp(_attend_fwd, _attend_bwd)

@@ -11,14 +11,15 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.blockwise import pages, reference, xla_operation
-from pallas_kernels.blockwise.gpu import operation as gpu_operation
+from pallas_kernels.blockwise.gpu import devices, mosaic, self_test
 from pallas_kernels.blockwise.tpu import decode as tpu_decode
 from pallas_kernels.blockwise.tpu import operation as tpu_operation
 from pallas_kernels.blockwise.tpu import tuning
 from pallas_kernels.call import AttentionCall, Inputs, Options
 
-_OPERATIONS = {"tpu": tpu_operation, "gpu": gpu_operation, "xla": xla_operation}
-_AUTOMATIC = {"tpu": "tpu"}  # implementation -> the platform it is preferred on; `xla` serves everything else
+_OPERATIONS = {"tpu": tpu_operation, "gpu": mosaic, "xla": xla_operation}
+# Platform -> implementations preferred on it, best first; `xla` serves everything else.
+_AUTOMATIC = {"tpu": ("tpu",), "cuda": ("gpu",)}
 _NOT_YET = {"triton": "Triton kernels are not part of this version"}
 
 
@@ -36,18 +37,23 @@ def explain(op: Callable, *args, **kwargs) -> dict[str, str | None]:
       *args, **kwargs: the arguments of the call; `implementation` is ignored.
 
     Returns:
-      {implementation: None, or the reason it refuses the call}.
+      {implementation: None, or the reason it refuses the call, or is never chosen unless named}.
 
     Raises:
       ValueError: when the call itself is wrong.
     """
     kwargs.pop("implementation", None)
     kwargs.pop("return_lse", None)
-    return refusals(op.as_call(*args, **kwargs))
+    reasons = refusals(op.as_call(*args, **kwargs))
+    return {name: reason or _distrusts(name) for name, reason in reasons.items()}
 
 
-def choose(call: AttentionCall, implementation: str | None) -> tuple[str, ...]:
-    """Names of the implementations to use: one, or `xla` preceded by those that replace it on their platform.
+# Platform -> implementation, `default` for all others; sorted pairs, since it is static under `jax.jit`.
+Choice = tuple[tuple[str, str], ...]
+
+
+def choose(call: AttentionCall, implementation: str | None) -> Choice:
+    """Implementation to use in the programs for each platform.
 
     Raises:
       ValueError: for an unknown name.
@@ -55,42 +61,61 @@ def choose(call: AttentionCall, implementation: str | None) -> tuple[str, ...]:
     """
     reasons = refusals(call)
     if implementation is None:
-        return (*(name for name in _AUTOMATIC if reasons[name] is None), "xla")
+        choice = {"default": "xla"}
+        for platform, names in _AUTOMATIC.items():
+            accepting = (name for name in names if reasons[name] is None and _distrusts(name) is None)
+            if _is_known(platform) and (name := next(accepting, None)):
+                choice[platform] = name
+        return tuple(sorted(choice.items()))
     if implementation not in reasons:
         raise ValueError(f"{implementation=} is unknown; choose from {', '.join(sorted(reasons))} or None")
     if reasons[implementation] is not None:
         raise NotImplementedError(f"{implementation}: {reasons[implementation]}")
-    return (implementation,)
+    return (("default", implementation),)
 
 
-def forward(candidates: tuple[str, ...], options: Options, inputs: Inputs):
-    """(out, lse, what the backward pass wants kept) of the candidate made for the platform that is compiled for."""
-    functions = _functions(candidates, "forward", options)
-    if len(candidates) == 1:
-        return functions[0](inputs)
-    preferred, fallback = functions
-
-    def without_keeping(inputs):
-        kept = jax.eval_shape(preferred, inputs)[2]  # every platform's program has the same results
-        return *fallback(inputs)[:2], jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), kept)
-
-    return jax.lax.platform_dependent(inputs, default=without_keeping, **{_AUTOMATIC[candidates[0]]: preferred})
+def _is_known(platform):
+    """GPUs differ in what they can run: where none is to be expected, a program for one gets `xla`."""
+    return platform != "cuda" or devices.compute_capability() is not None
 
 
-def backward(candidates: tuple[str, ...], options: Options, *residuals):
+def _distrusts(name):
+    """Why an implementation that accepts the call is used only when named, or None."""
+    return self_test.failure(name) if name in _AUTOMATIC["cuda"] else None
+
+
+def forward(choice: Choice, options: Options, inputs: Inputs):
+    """(out, lse, what the backward pass wants kept) of the implementation for the platform that is compiled for."""
+    options, functions = _functions(choice, "forward", options)
+    if len(functions) == 1:
+        return functions["default"](inputs)
+    if options.keep_versions:
+        kept = jax.eval_shape(functions["tpu"], inputs)[2]  # every platform's program has the same results
+
+        def without_keeping(function, inputs):
+            return *function(inputs)[:2], jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), kept)
+
+        functions = {
+            platform: function if platform == "tpu" else functools.partial(without_keeping, function)
+            for platform, function in functions.items()
+        }
+    return jax.lax.platform_dependent(inputs, **functions)
+
+
+def backward(choice: Choice, options: Options, *residuals):
     """Cotangents of the inputs."""
-    functions = _functions(candidates, "backward", options)
-    if len(candidates) == 1:
-        return functions[0](*residuals)
-    preferred, fallback = functions
-    return jax.lax.platform_dependent(*residuals, default=fallback, **{_AUTOMATIC[candidates[0]]: preferred})
+    _, functions = _functions(choice, "backward", options)
+    if len(functions) == 1:
+        return functions["default"](*residuals)
+    return jax.lax.platform_dependent(*residuals, **functions)
 
 
-def _functions(candidates, direction, options):
+def _functions(choice, direction, options):
     # What the kernels keep would be zeros in a program for another platform: only where that is not to be expected.
-    keep = candidates[0] == "tpu" and (len(candidates) == 1 or tuning.is_tpu_expected())
+    keep = choice == (("default", "tpu"),) or (("tpu", "tpu") in choice and tuning.is_tpu_expected())
     options = dataclasses.replace(options, keep_versions=keep)
-    return [functools.partial(getattr(_OPERATIONS[name], direction), options) for name in candidates]
+    function = lambda name: functools.partial(getattr(_OPERATIONS[name], direction), options)
+    return options, {platform: function(name) for platform, name in choice}
 
 
 def check_pages(implementation: str | None, dtype) -> None:

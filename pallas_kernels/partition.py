@@ -6,10 +6,64 @@ the kernels on its own shard; all other axes are gathered. Under `jax.shard_map`
 """
 
 import jax
+import jax.numpy as jnp
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import NamedSharding, PartitionSpec
 
+from pallas_kernels.call import Inputs, Options
+from pallas_kernels.lazily import on_platform
+
 # An array's axes, one letter each: b batch, n query heads, k key/value heads, . everything else.
+_INPUTS = Inputs("b.n.", "b.k.", "b.k.", "b.k.", "b.k", "b.n", "b.")
+
+
+def _axes(inputs):
+    return Inputs(*(None if x is None else axes for x, axes in zip(inputs, _INPUTS)))
+
+
+def run_forward(target, function, options: Options, inputs: Inputs, kept=(None, None)):
+    """`function(inputs)` = (out, lse, kept) on one platform, split over batch and heads.
+
+    Args:
+      target: platform and name of the implementation.
+      function: of the inputs of one shard.
+      kept: types of what the backward pass wants kept, as a function of the inputs of a shard, and their axes.
+    """
+    kept_types, kept_axes = kept
+
+    def shard(inputs):
+        batch, length, num_heads, _ = inputs.q.shape
+        results = (
+            jax.ShapeDtypeStruct((batch, length, num_heads, inputs.v.shape[3]), inputs.q.dtype),
+            jax.ShapeDtypeStruct((batch, num_heads, length), jnp.float32),
+            kept_types and kept_types(inputs),
+        )
+        return _run(target, function, options, (inputs,), results)
+
+    return _split(target, shard, options, (inputs,), (_axes(inputs),), ("b.n.", "bn.", kept_axes))
+
+
+def run_backward(target, function, options: Options, inputs: Inputs, out, lse, kept, dout, dlse, kept_axes=None):
+    """Cotangents of the inputs, `function(inputs, out, lse, kept, dout, dlse)`; see `run_forward`."""
+
+    def shard(inputs, *others):
+        results = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), inputs._replace(segment_ids=None))
+        return _run(target, function, options, (inputs, *others), results)
+
+    axes = (_axes(inputs), "b.n.", "bn.", None if kept is None else kept_axes, "b.n.", "bn.")
+    arguments = inputs, out, lse, kept, dout, dlse
+    return _split(target, shard, options, arguments, axes, _axes(inputs._replace(segment_ids=None)))
+
+
+def _run(target, function, options, arguments, results):
+    return function(*arguments) if options.interpret else on_platform(*target, function, arguments, results)
+
+
+def _split(target, shard, options, arguments, argument_axes, result_axes):
+    simulates = not isinstance(options.interpret, bool) or (options.interpret and target[0] == "cuda")
+    if simulates:  # by callbacks, which cannot be partitioned
+        return shard(*arguments)
+    return by_batch_and_head(shard, arguments, argument_axes, result_axes, arguments[0].k.shape[2])
 
 
 def by_batch_and_head(function, arguments, argument_axes, result_axes, num_kv_heads: int):

@@ -32,7 +32,7 @@ ALLOWED = {
     "configs.continued": ["configs", "path_jax.checkpoints"],  # its model is a checkpoint's
     "benchmarks": [],
     "benchmarks.conversion": ["path_jax.report"],
-    "benchmarks.tpu_cases": ["benchmarks", "pallas_kernels"],
+    "benchmarks.cases": ["benchmarks", "pallas_kernels"],
     "benchmarks.tpu_tune": ["benchmarks", "pallas_kernels"],
     "pallas_kernels.benchmark": ["pallas_kernels", "benchmarks.tpu_tune"],
     "train": ["path_jax"],

@@ -293,7 +293,7 @@ def test_table_names_are_unique():
 @pytest.mark.parametrize("chip", ["v5e", "v6e"])
 def test_matmul_takes_the_cycles_that_the_matrix_units_need(chip):
     size = 1024
-    count = analyze("benchmarks.tpu_cases:matmul", chip, {"m": size, "k": size, "n": size})
+    count = analyze("benchmarks.cases:matmul", chip, {"m": size, "k": size, "n": size})
     (kernel,) = count.kernels
     bound = 2 * size**3 / CHIPS[chip].flops_per_cycle
     assert bound <= kernel.cycles <= 1.25 * bound  # filling the matrix units and the pipeline, twice
@@ -306,7 +306,7 @@ def test_matmul_takes_the_cycles_that_the_matrix_units_need(chip):
 @pytest.mark.tpu_aot
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu, the TPU compiler")
 def test_splash_visits_half_of_the_blocks():
-    count = analyze("benchmarks.tpu_cases:splash", "v5e", {"T": 2048, "block_q": 512, "block_kv": 512})
+    count = analyze("benchmarks.cases:splash", "v5e", {"T": 2048, "block_q": 512, "block_kv": 512})
     (kernel,) = count.kernels
     assert not kernel.unknown_branches
     assert 8 * 10 in [span["runs"] for span in kernel.spans]  # 8 heads, 4 * 5 / 2 blocks, known from the mask's table

@@ -8,8 +8,10 @@ from kernels.recurrence import TOLERANCE, random_inputs, relative_error
 from kernels.test_tpu import DOCUMENTS, compare, parameters
 
 import pallas_kernels
+from benchmarks.gpu_compile import GPUS, abstract_mesh
 from pallas_kernels import explain, forgetting_attention, path_attention
-from pallas_kernels.blockwise.gpu import schedule
+from pallas_kernels.blockwise import xla_operation
+from pallas_kernels.blockwise.gpu import schedule, self_test
 from pallas_kernels.householder import frame_tree_rows
 
 is_old = tuple(int(part) for part in jax.__version__.split(".")[:2]) < (0, 11)
@@ -86,12 +88,42 @@ def test_what_the_kernels_refuse():
     if is_old:
         assert "JAX 0.11" in refusal(inputs)
         return
-    assert "interpret()" in refusal(inputs)
-    with pallas_kernels.interpret():
-        assert refusal(inputs) is None
-        assert "all float16" in refusal({name: x.astype("float32") for name, x in inputs.items()})
-        wide = {name: jnp.repeat(x, 20, axis=-1) if x.ndim == 4 else x for name, x in inputs.items()}
-        assert "at most 128" in refusal(wide)
+    assert refusal(inputs) is None
+    assert "all float16" in refusal({name: x.astype("float32") for name, x in inputs.items()})
+    wide = {name: jnp.repeat(x, 20, axis=-1) if x.ndim == 4 else x for name, x in inputs.items()}
+    assert "at most 128" in refusal(wide)
+    with pytest.raises(NotImplementedError, match="NVIDIA GPUs only"):
+        forgetting_attention(**inputs, implementation="gpu")
+
+
+@needs_interpreter
+def test_only_hopper_is_accepted():
+    q, gates = jax.ShapeDtypeStruct((1, 256, 2, 64), "bfloat16"), jax.ShapeDtypeStruct((1, 256, 2), "float32")
+    reasons = {}
+    for name, gpu in GPUS.items():
+        with jax.sharding.use_abstract_mesh(abstract_mesh(gpu)):
+            reasons[name] = explain(forgetting_attention, q, q, q, gates)["gpu"]
+    assert reasons["h100"] is None
+    assert "8.0" in reasons["a100"] and "10.0" in reasons["b200"]
+
+
+def test_self_test_finds_wrong_kernels():
+    xla = xla_operation.refuses, xla_operation.forward, xla_operation.backward
+    assert self_test.disagreement(*xla) is None
+
+    def wrong_forward(options, inputs):
+        out, lse, kept = xla_operation.forward(options, inputs)
+        return out.at[:, 300].multiply(1.5), lse, kept
+
+    assert "differs" in self_test.disagreement(xla[0], wrong_forward, xla[2])
+    nan_backward = lambda *arguments: jax.tree.map(lambda x: x * jnp.nan, xla_operation.backward(*arguments))
+    assert "differs" in self_test.disagreement(*xla[:2], nan_backward)
+
+    def failing(*arguments):
+        raise ValueError("no such instruction")
+
+    assert "no such instruction" in self_test.disagreement(xla[0], failing, xla[2])
+    assert self_test.failure("gpu") is None  # no GPU to ask
 
 
 @pytest.mark.parametrize("num_tiles", [1, 2, 3, 8, 13])

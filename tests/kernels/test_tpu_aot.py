@@ -23,7 +23,7 @@ pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu, the TPU compiler"),
 ]
 ROOT = Path(__file__).parents[2]
-ATTENTION, BOTH = "benchmarks.tpu_cases:attention", "benchmarks.tpu_cases:both_directions"
+ATTENTION, BOTH = "benchmarks.cases:attention", "benchmarks.cases:both_directions"
 
 VARIANTS = {
     "fox": {"op": "fox"},
@@ -67,7 +67,7 @@ DECODE = {
 @pytest.mark.parametrize("chip", CHIPS)
 @pytest.mark.parametrize("variant", DECODE)
 def test_decode_compiles(variant, chip):
-    compiled = compile_case("benchmarks.tpu_cases:decode", chip, {"T": 8192} | DECODE[variant], None)
+    compiled = compile_case("benchmarks.cases:decode", chip, {"T": 8192} | DECODE[variant], None)
     assert compiled["hlo"].count("tpu_custom_call") >= 1
 
 

@@ -12,12 +12,13 @@ then do their rounding errors cancel those of the columns.
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.blockwise.gpu import schedule
-from pallas_kernels.blockwise.gpu.forward import Geometry, compiler_params
-from pallas_kernels.blockwise.gpu.layout import LOG2E, TILE
+from pallas_kernels.blockwise.gpu.forward import compiler_params
+from pallas_kernels.blockwise.gpu.layout import LOG2E, TILE, Geometry
 from pallas_kernels.blockwise.gpu.primitives import (
     COLUMNS,
     HALF,
@@ -31,6 +32,7 @@ from pallas_kernels.blockwise.gpu.primitives import (
     full,
     index,
     int32,
+    interpret_mode,
     load,
     loop,
     swizzled,
@@ -50,9 +52,10 @@ def query_gradient(q, k, v, dout, lse, delta, gate, segment_ids, first_key, size
     rows = schedule.query_rows(size.num_queries, size.num_keys, size.tree, size.window)
     group = size.num_heads // size.num_kv_heads
     has_gate, has_ids, has_first, tree = gate is not None, segment_ids is not None, first_key is not None, size.tree
-    # The longest rows first.
-    order = (rows.table[:, 2] - rows.table[:, 3]).argsort(kind="stable").astype("int32")
-    operands = dict(q=q, k=k, v=v, dout=dout, lse=lse, delta=delta, table=rows.table, order=order)
+    # The longest rows first; each says which it is.
+    order = (rows.table[:, 2] - rows.table[:, 3]).argsort(kind="stable")
+    table = np.column_stack([rows.table, np.arange(len(order), dtype=np.int32)])[order]
+    operands = dict(q=q, k=k, v=v, dout=dout, lse=lse, delta=delta, table=table)
     if has_gate:
         operands |= dict(zip(("inside", "behind", "between"), gate))
     operands |= dict(ids=segment_ids) if has_ids else {}
@@ -63,18 +66,24 @@ def query_gradient(q, k, v, dout, lse, delta, gate, segment_ids, first_key, size
         hbm = dict(zip(names, refs))
         dq_hbm, sums_hbm = refs[len(names) :]
         head, batch, warpgroup = (jax.lax.axis_index(name) for name in ("head", "batch", "warpgroup"))
-        row = hbm["order"][jax.lax.axis_index("row")]
-        version, tile, first, end, first_version = (hbm["table"][row, i] for i in range(5))
         kv_head = jax.lax.div(head, int32(group))
-        position = tile + size.offset
-        bound = jnp.maximum(first, hbm["first"][batch, head, tile]) if has_first else first
-        count = jnp.maximum(end - bound, 0)
         panel = pl.ds(head * size.head_dim, size.head_dim)
-        target = size.query_tile(version, batch)
+
+        def this_row():
+            """The row in the table, and how many tiles of keys it meets.
+
+            Read by each role, and again where it is needed late: what is kept meanwhile would be spilled.
+            """
+            entries = tuple(hbm["table"][jax.lax.axis_index("row"), i] for i in range(6))
+            _, tile, first, end, *_ = entries
+            bound = jnp.maximum(first, hbm["first"][batch, head, tile]) if has_first else first
+            return *entries, jnp.maximum(end - bound, 0)
 
         @pl.when(warpgroup == 2)
         def produce():
             plgpu.set_max_registers(24, action="decrease")
+            version, tile, first, end, first_version, _, count = this_row()
+            position, target = tile + size.offset, size.query_tile(version, batch)
             own = s["own_full"]
             plgpu.copy_gmem_to_smem(hbm["lse"].at[batch, head, tile], s["rows"].at[0], own)
             plgpu.copy_gmem_to_smem(hbm["delta"].at[batch, head, tile], s["rows"].at[1], own)
@@ -108,14 +117,16 @@ def query_gradient(q, k, v, dout, lse, delta, gate, segment_ids, first_key, size
         @pl.when(warpgroup < 2)
         def compute():
             plgpu.set_max_registers(240, action="increase")
+            _, tile, _, end, _, row, count = this_row()
+            position = tile + size.offset
             base = warpgroup * HALF
             mine = pl.ds(base, HALF)
             plgpu.barrier_wait(s["own_full"])
-            lse, delta = load(s["rows"].at[0, mine], ROWS), load(s["rows"].at[1, mine], ROWS)
+            delta = load(s["rows"].at[1, mine], ROWS)
             query_ids = load(s["query_ids"].at[mine], ROWS) if has_ids else None
 
             def visit(i, carry, is_own):
-                dq, sums, between = carry
+                dq, sums, shift = carry
                 slot, key = jax.lax.rem(i, int32(stages)), end - 1 - i
                 plgpu.barrier_wait(s["k_full"].at[slot])
                 plgpu.barrier_wait(s["v_full"].at[slot])
@@ -124,7 +135,7 @@ def query_gradient(q, k, v, dout, lse, delta, gate, segment_ids, first_key, size
                     plgpu.wgmma(z_ref, s["q"].at[mine], s["k"].at[slot].T)
                     plgpu.wgmma(dp_ref, s["dout"].at[mine], s["v"].at[slot].T)
                     z = plgpu.wgmma_accumulator_load(z_ref, wait_n=1)  # the second product runs on
-                    z = z * size.logit_scale + along(between - lse, 0, z)
+                    z = z * size.logit_scale + along(shift, 0, z)
                     if has_gate and is_own:
                         z = z - along(load(s["inside"], COLUMNS), 1, z)
                     elif has_gate:
@@ -145,13 +156,15 @@ def query_gradient(q, k, v, dout, lse, delta, gate, segment_ids, first_key, size
                 ds = weights * (dp - along(delta, 0, dp))
                 sums = sums + ds.sum(axis=1)
                 if has_gate and not is_own:
-                    between = between + s["behind"][slot, TILE]
+                    shift = shift + s["behind"][slot, TILE]
                 (dq,) = accumulate(size.interpret, (dq, ds.astype(k.dtype), s["k"].at[slot]))
                 plgpu.barrier_arrive(s["k_free"].at[slot])
-                return dq, sums, between
+                return dq, sums, shift
 
-            between = hbm["between"][batch, head, row] if has_gate else jnp.float32(0)
-            carry = full((HALF, size.head_dim), 0, MATRIX), full((HALF,), 0, ROWS), between
+            shift = -load(s["rows"].at[0, mine], ROWS)  # of the logits: gates up to the tile of keys, and -lse
+            if has_gate:
+                shift = shift + hbm["between"][batch, head, row]
+            carry = full((HALF, size.head_dim), 0, MATRIX), full((HALF,), 0, ROWS), shift
             if not tree:
                 carry = visit(int32(0), carry, True)
             dq, sums, _ = loop(0 if tree else 1, count, lambda i, carry: visit(i, carry, False), carry)
@@ -159,7 +172,8 @@ def query_gradient(q, k, v, dout, lse, delta, gate, segment_ids, first_key, size
             out = s["q"].at[mine]
             out[...] = (dq * (size.logit_scale / LOG2E)).astype(q.dtype)
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(out, dq_hbm.at[target, mine, panel])
+            version, _, _, _, _, row, _ = this_row()
+            plgpu.copy_smem_to_gmem(out, dq_hbm.at[size.query_tile(version, batch), mine, panel])
             plgpu.copy_smem_to_gmem(s["rows"].at[0, mine], sums_hbm.at[batch, head, row, mine])
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
@@ -192,7 +206,7 @@ def query_gradient(q, k, v, dout, lse, delta, gate, segment_ids, first_key, size
         num_threads=3,
         thread_name="warpgroup",
         compiler_params=compiler_params(),
-        interpret=size.interpret,
+        interpret=interpret_mode(size.interpret),
     )(*operands.values())
 
 
@@ -413,5 +427,5 @@ def key_gradient(q, k, v, dout, vectors, gate, segment_ids, last_query, size: Ge
         num_threads=3,
         thread_name="warpgroup",
         compiler_params=compiler_params(),
-        interpret=size.interpret,
+        interpret=interpret_mode(size.interpret),
     )(*operands.values())

@@ -7,7 +7,6 @@ so the gates between two tiles are a running sum and no difference of long sums 
 Logits are base 2 and lack the query's own gate, which cancels in the softmax: that is added to the log-sum-exp outside.
 """
 
-import dataclasses
 import functools
 
 import jax
@@ -16,7 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.blockwise.gpu import schedule
-from pallas_kernels.blockwise.gpu.layout import LEAST, MASKED, TILE
+from pallas_kernels.blockwise.gpu.layout import LEAST, MASKED, TILE, Geometry
 from pallas_kernels.blockwise.gpu.primitives import (
     COLUMNS,
     HALF,
@@ -30,42 +29,13 @@ from pallas_kernels.blockwise.gpu.primitives import (
     full,
     index,
     int32,
+    interpret_mode,
     load,
     loop,
     swizzled,
     vector,
     visible,
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class Geometry:
-    """What is static in a call of a kernel."""
-
-    batch: int
-    num_heads: int
-    num_kv_heads: int
-    num_queries: int  # tiles; the last of the keys' tiles
-    num_keys: int  # tiles
-    head_dim: int
-    v_head_dim: int
-    logit_scale: float  # of the raw products, log2 e included
-    tree: bool
-    window: int | None
-    interpret: object
-
-    @property
-    def offset(self):
-        """Tiles of keys before the first query."""
-        return self.num_keys - self.num_queries
-
-    def query_tile(self, version, batch):
-        """Index of a version of a tile in [tiles, 128, N H]."""
-        return version * self.batch + batch if self.tree else batch * self.num_queries + version
-
-    def key_tile(self, version, batch):
-        """Index of a version of a tile in [tiles, 128, K H]."""
-        return version * self.batch + batch if self.tree else batch * self.num_keys + version
 
 
 def compiler_params():
@@ -252,8 +222,7 @@ def attention_forward(q, k, v, gate, segment_ids, first_key, partial, size: Geom
             normaliser = jnp.where(is_empty, 1.0, normaliser)
             s["lse"][mine] = jnp.where(is_empty, LEAST, maximum + jnp.log2(normaliser))
             # Both are done with the values: their first buffer takes the output.
-            plgpu.barrier_arrive(s["done"])
-            plgpu.barrier_wait(s["done"])
+            take_turn()
             out = s["v"].at[0].at[mine]
             out[...] = (acc * along(1 / normaliser, 0, acc)).astype(v.dtype)
             plgpu.commit_smem()
@@ -273,7 +242,6 @@ def attention_forward(q, k, v, gate, segment_ids, first_key, partial, size: Geom
         k_free=barriers(stages, 2),
         v_free=barriers(stages, 2),
         turn=plgpu.Barrier(num_arrivals=2),
-        done=plgpu.Barrier(num_arrivals=2),
     )
     if tree:
         scratch |= dict(q_free=barriers(num_buffers, 2))
@@ -297,5 +265,5 @@ def attention_forward(q, k, v, gate, segment_ids, first_key, partial, size: Geom
         num_threads=3,
         thread_name="warpgroup",
         compiler_params=compiler_params(),
-        interpret=size.interpret,
+        interpret=interpret_mode(size.interpret),
     )(*operands.values())

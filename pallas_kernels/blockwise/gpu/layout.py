@@ -1,5 +1,7 @@
 """Layout of a call on a GPU: whole tiles of 128 tokens, heads side by side and as wide as wgmma takes them."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +13,36 @@ TILE = 128
 LOG2E = float(np.log2(np.e))
 # Masked logits lie below the least running maximum, so their exponentials are exactly 0.
 MASKED, LEAST = -2e30, -1e30
+
+
+@dataclasses.dataclass(frozen=True)
+class Geometry:
+    """What is static in a call of a kernel."""
+
+    batch: int
+    num_heads: int
+    num_kv_heads: int
+    num_queries: int  # tiles; the last of the keys' tiles
+    num_keys: int  # tiles
+    head_dim: int
+    v_head_dim: int
+    logit_scale: float  # of the raw products, log2 e included
+    tree: bool
+    window: int | None
+    interpret: object  # as in Options
+
+    @property
+    def offset(self):
+        """Tiles of keys before the first query."""
+        return self.num_keys - self.num_queries
+
+    def query_tile(self, version, batch):
+        """Index of a version of a tile in [tiles, 128, N H]."""
+        return version * self.batch + batch if self.tree else batch * self.num_queries + version
+
+    def key_tile(self, version, batch):
+        """Index of a version of a tile in [tiles, 128, K H]."""
+        return version * self.batch + batch if self.tree else batch * self.num_keys + version
 
 
 def padded(head_dim: int) -> int:

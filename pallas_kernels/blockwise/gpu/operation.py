@@ -1,50 +1,62 @@
-"""One call on a Hopper GPU: the linear stage as array code, the quadratic stage as Mosaic GPU kernels.
+"""One call on an NVIDIA GPU: the linear stage as array code, the quadratic stage as three kernels of one's choice.
 
 With the frame tree the kernels see what lies between tiles of 128 tokens; what a tile's queries find in their own tile
 comes out of the linear stage and is attended to here, forward and backward.
 """
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import interpreter
 from pallas_kernels.blockwise import xla, xla_operation
 from pallas_kernels.blockwise.gpu import layout, schedule
-from pallas_kernels.blockwise.gpu.layout import LEAST, LOG2E, TILE
+from pallas_kernels.blockwise.gpu.layout import LEAST, LOG2E, TILE, Geometry
 from pallas_kernels.call import AttentionCall, Inputs, Options
 from pallas_kernels.householder import Frames, from_tiles, group_heads, to_tiles
+from pallas_kernels.partition import run_backward, run_forward
+
+
+class Kernels(NamedTuple):
+    """The quadratic stage; see the functions of these names in `forward` and `backward`."""
+
+    attention_forward: Callable
+    query_gradient: Callable
+    key_gradient: Callable
 
 
 def refuses(call: AttentionCall) -> str | None:
-    """Why the kernels cannot serve the call, or None."""
-    version = tuple(int(part) for part in jax.__version__.split(".")[:2])
-    if version < (0, 11):
-        return f"needs JAX 0.11 or later, this is {jax.__version__}"
+    """Why no kernels can serve the call, or None."""
     q, k, v = call.inputs[:3]
     if not q.dtype == k.dtype == v.dtype or q.dtype not in (jnp.bfloat16, jnp.float16):
         return f"q, k, v must all be bfloat16 or all float16, got {q.dtype}, {k.dtype}, {v.dtype}"
     if max(q.shape[3], v.shape[3]) > 128:
         return f"heads of at most 128 numbers, got {q.shape[3]} and {v.shape[3]}"
-    if not (interpreter.active_mode() or _is_hopper_expected()):
-        return "runs on NVIDIA Hopper GPUs; elsewhere call it under pallas_kernels.interpret()"
     return None
 
 
-def _is_hopper_expected() -> bool:
-    """Whether the program being traced will, as far as can be known, run on a GPU with wgmma."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    kind = device.device_kind if device is not None else jax.devices()[0].device_kind
-    return any(name in kind for name in ("H100", "H200", "H800", "H20", "GH200"))
+def forward(name: str, kernels: Callable[[], Kernels], options: Options, inputs: Inputs):
+    """Output [B, T, N, Hv] in q's dtype, lse [B, N, T] float32, and nothing else to keep.
+
+    Args:
+      name: of the implementation.
+      kernels: returns them; called where they are about to be traced.
+    """
+    return run_forward(("cuda", name), functools.partial(_forward, kernels, options), options, inputs)
+
+
+def backward(name: str, kernels: Callable[[], Kernels], options: Options, inputs: Inputs, *others):
+    """Cotangents of the inputs; see `forward`."""
+    return run_backward(("cuda", name), functools.partial(_backward, kernels, options), options, inputs, *others)
 
 
 class _Setting(NamedTuple):
     """What both directions derive from a call before they run a kernel."""
 
-    size: object  # kernels' Geometry
+    size: Geometry
     frames: Frames | None  # with the tree
     linear_vjp: object
     q: jax.Array  # [tiles, 128, N H]
@@ -57,15 +69,7 @@ class _Setting(NamedTuple):
     first_key: jax.Array | None
 
 
-def _interpret_mode(options):
-    from jax.experimental.pallas import mosaic_gpu as plgpu
-
-    return plgpu.InterpretGPUParams() if options.interpret is True else options.interpret or None
-
-
 def _setting(options: Options, inputs: Inputs, *, differentiate: bool) -> _Setting:
-    from pallas_kernels.blockwise.gpu.forward import Geometry
-
     q, k, v, w, beta, log_forget, segment_ids = inputs
     tree = w is not None
     frames = linear_vjp = None
@@ -84,7 +88,7 @@ def _setting(options: Options, inputs: Inputs, *, differentiate: bool) -> _Setti
         logit_scale=options.scale * LOG2E,
         tree=tree,
         window=options.window,
-        interpret=_interpret_mode(options),
+        interpret=options.interpret,
     )
     inside = behind = totals = None
     if log_forget is not None:
@@ -137,10 +141,7 @@ def _own_attention(options, inputs, setting):
     return layout.key_tiles(out), lse
 
 
-def forward(options: Options, inputs: Inputs):
-    """Output [B, T, N, Hv] in q's dtype, lse [B, N, T] float32, and nothing else to keep."""
-    from pallas_kernels.blockwise.gpu.forward import attention_forward
-
+def _forward(kernels, options, inputs):
     setting = _setting(options, inputs, differentiate=False)
     size, partial = setting.size, None
     if size.tree:
@@ -148,7 +149,7 @@ def forward(options: Options, inputs: Inputs):
     if size.tree and size.num_keys == 1:
         out, lse = partial[0].astype(inputs.v.dtype), partial[1]
     else:
-        out, lse = attention_forward(
+        out, lse = kernels().attention_forward(
             setting.q, setting.k, setting.v, _query_gate(setting), setting.ids, setting.first_key, partial, size
         )
     is_empty = lse <= LEAST
@@ -184,11 +185,8 @@ def _key_gate(setting):
     return setting.inside, setting.behind, jnp.where(is_own, 0, between)
 
 
-def backward(options: Options, inputs: Inputs, out, lse, kept, dout, dlse):
-    """Cotangents of the inputs; recomputes the linear stage."""
-    from pallas_kernels.blockwise.gpu.backward import key_gradient, query_gradient
-
-    del kept
+def _backward(kernels, options, inputs, out, lse, kept, dout, dlse):
+    del kept  # recomputes the linear stage
     setting = _setting(options, inputs, differentiate=True)
     size, (q, k, v), log_forget = setting.size, inputs[:3], inputs.log_forget
     before = layout.front(inputs)
@@ -206,12 +204,12 @@ def backward(options: Options, inputs: Inputs, out, lse, kept, dout, dlse):
         dq, dk, dv = (jnp.zeros_like(x) for x in arguments[:3])
         row_sums = column_sums = jnp.zeros(delta.shape, jnp.float32)
     else:
-        dq, row_sums = query_gradient(
+        dq, row_sums = kernels().query_gradient(
             *arguments, base2_lse, delta, _query_gate(setting), setting.ids, setting.first_key, size
         )
         table = schedule.query_rows(size.num_queries, size.num_keys, size.tree, size.window).table
         row_sums = jnp.zeros(delta.shape, jnp.float32).at[:, :, table[:, 1]].add(row_sums)
-        dk, dv, column_sums = key_gradient(
+        dk, dv, column_sums = kernels().key_gradient(
             *arguments, _vectors(setting, base2_lse, delta), _key_gate(setting), setting.ids, _last_query(setting), size
         )
     dv = layout.from_tiles(dv, size.batch, 0, v.shape[1], size.num_kv_heads, v.shape[3])

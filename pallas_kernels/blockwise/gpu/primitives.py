@@ -107,3 +107,8 @@ def accumulate(interpret, *terms):
             plgpu.wgmma(ref, a, b)
 
     return pl.run_state(run)(tuple(plgpu.ACC.init(acc) for acc, _, _ in terms))
+
+
+def interpret_mode(mode):
+    """`interpret` of Pallas' GPU kernels, for a value of `pallas_kernels.interpret`."""
+    return plgpu.InterpretGPUParams() if mode is True else mode or None

@@ -16,11 +16,10 @@ from pallas_kernels.blockwise.tpu.backward import attention_backward
 from pallas_kernels.blockwise.tpu.chunk_backward import chunk_backward
 from pallas_kernels.blockwise.tpu.chunk_forward import chunk_forward
 from pallas_kernels.blockwise.tpu.forward import attention_forward
-from pallas_kernels.blockwise.tpu.lazily import on_tpu
 from pallas_kernels.blockwise.tpu.lift import lift_backward, lift_forward, stack_bytes
 from pallas_kernels.blockwise.tpu.tiling import Gate, Segments, Tiling
 from pallas_kernels.call import AttentionCall, Inputs, Options
-from pallas_kernels.partition import by_batch_and_head
+from pallas_kernels.partition import run_backward, run_forward
 
 
 def refuses(call: AttentionCall) -> str | None:
@@ -144,31 +143,17 @@ def _attention_forward(setting, q, k, partial=None):
 def forward(options: Options, inputs: Inputs):
     """Output [B, T, N, Hv] in q's dtype, lse [B, N, T] float32, and what to keep of the superchunks' linear stage."""
     sizes = tuning.sizes(inputs, "forward")
-    keeps = options.keep_versions and inputs.w is not None
-
-    def shard(inputs):
-        batch, length, num_heads, _ = inputs.q.shape
-        results = (
-            jax.ShapeDtypeStruct((batch, length, num_heads, inputs.v.shape[3]), inputs.q.dtype),
-            jax.ShapeDtypeStruct((batch, num_heads, length), jnp.float32),
-            _kept(inputs, layout.geometry(inputs, sizes.superchunk)) if keeps else None,
-        )
-        return _run(functools.partial(_forward, options, sizes), options, (inputs,), results)
-
-    axes = ("b.n.", "bn.", _KEPT_AXES if keeps else None)
-    return _split(shard, options, (inputs,), (_axes(inputs),), axes)
+    function = functools.partial(_forward, options, sizes)
+    kept = (None, None)
+    if options.keep_versions and inputs.w is not None:
+        kept = (lambda inputs: _kept(inputs, layout.geometry(inputs, sizes.superchunk))), _KEPT_AXES
+    return run_forward(_TARGET, function, options, inputs, kept)
 
 
-def backward(options: Options, inputs: Inputs, out, lse, kept, dout, dlse):
+def backward(options: Options, inputs: Inputs, *others):
     """Cotangents of the inputs."""
-    sizes = tuning.sizes(inputs, "backward")
-
-    def shard(inputs, *others):
-        results = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), inputs._replace(segment_ids=None))
-        return _run(functools.partial(_backward, options, sizes), options, (inputs, *others), results)
-
-    axes = (_axes(inputs), "b.n.", "bn.", None if kept is None else _KEPT_AXES, "b.n.", "bn.")
-    return _split(shard, options, (inputs, out, lse, kept, dout, dlse), axes, _axes(inputs._replace(segment_ids=None)))
+    function = functools.partial(_backward, options, tuning.sizes(inputs, "backward"))
+    return run_backward(_TARGET, function, options, inputs, *others, kept_axes=_KEPT_AXES)
 
 
 def _kept(inputs, size):
@@ -182,22 +167,8 @@ def _kept(inputs, size):
     )
 
 
-def _run(function, options, arguments, results):
-    return function(*arguments) if options.interpret else on_tpu(function, arguments, results)
-
-
-def _split(shard, options, arguments, argument_axes, result_axes):
-    if not isinstance(options.interpret, bool):  # the simulator's callbacks cannot be partitioned
-        return shard(*arguments)
-    return by_batch_and_head(shard, arguments, argument_axes, result_axes, arguments[0].k.shape[2])
-
-
-_INPUT_AXES = Inputs("b.n.", "b.k.", "b.k.", "b.k.", "b.k", "b.n", "b.")
+_TARGET = "tpu", "tpu"
 _KEPT_AXES = ("bk...", "bk..", "bk...")  # queries, keys and transition of each superchunk
-
-
-def _axes(inputs):
-    return Inputs(*(None if x is None else axes for x, axes in zip(inputs, _INPUT_AXES)))
 
 
 def _forward(options, sizes, inputs):

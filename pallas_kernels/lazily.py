@@ -1,8 +1,10 @@
-"""A call whose kernels are traced only once a program for a TPU is made of it.
+"""A call whose kernels are traced only once a program for their platform is made of it.
 
-Tracing the kernels takes seconds, and a program that may run on several platforms mentions them on all. Anywhere but on
-a TPU, compiling the call explains what to do; Pallas would say less.
+Tracing the kernels takes seconds, and a program that may run on several platforms mentions them on all. Compiling the
+call for another platform explains what to do; Pallas would say less.
 """
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -10,18 +12,17 @@ from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 from jax.sharding import NamedSharding, PartitionSpec
 
-_ELSEWHERE = (
-    "implementation='tpu' runs on TPUs only; elsewhere call it under pallas_kernels.interpret() or pass "
-    "implementation=None"
-)
-_call = Primitive("tpu_attention")
+_DEVICES = {"tpu": "TPUs", "cuda": "NVIDIA GPUs"}
+_call = Primitive("attention_on_platform")
 _call.multiple_results = True
 
 
-def on_tpu(function, arguments, results):
-    """`function(*arguments)`.
+def on_platform(platform: str, implementation: str, function, arguments, results):
+    """`function(*arguments)` in programs for one platform.
 
     Args:
+      platform: "tpu" or "cuda".
+      implementation: its name, for the error.
       function: of trees of arrays.
       arguments: tuple of trees; the mesh axes over which the first leaf varies are those of the results.
       results: what the function returns, as a tree of `jax.ShapeDtypeStruct`.
@@ -35,11 +36,15 @@ def on_tpu(function, arguments, results):
     def flat_function(*leaves):
         return jax.tree.leaves(function(*jax.tree.unflatten(tree, leaves)))
 
-    return jax.tree.unflatten(result_tree, _call.bind(*leaves, function=flat_function, results=tuple(results)))
+    out = _call.bind(
+        *leaves, platform=platform, implementation=implementation, function=flat_function, results=tuple(results)
+    )
+    return jax.tree.unflatten(result_tree, out)
 
 
 @_call.def_abstract_eval
-def _results(*arguments, function, results):
+def _results(*arguments, results, **parameters):
+    del parameters
     like = arguments[0]
 
     def result(x):
@@ -65,12 +70,16 @@ def _batch(leaves, axes, **parameters):
     return results, [0] * len(results)
 
 
-def _lower_elsewhere(context, *leaves, **parameters):
-    raise NotImplementedError(_ELSEWHERE)
+def _lower(context, *leaves, platform, implementation, function, results, lowered_for=None):
+    if platform != lowered_for:
+        hint = "elsewhere call it under pallas_kernels.interpret() or" if implementation != "triton" else "elsewhere"
+        raise NotImplementedError(
+            f"implementation={implementation!r} runs on {_DEVICES[platform]} only; {hint} pass implementation=None"
+        )
+    return mlir.lower_fun(function, multiple_results=True)(context, *leaves)
 
 
 batching.primitive_batchers[_call] = _batch
-mlir.register_lowering(_call, _lower_elsewhere)
-mlir.register_lowering(
-    _call, mlir.lower_fun(lambda *leaves, function, results: function(*leaves), multiple_results=True), platform="tpu"
-)
+mlir.register_lowering(_call, _lower)
+for _platform in _DEVICES:
+    mlir.register_lowering(_call, functools.partial(_lower, lowered_for=_platform), platform=_platform)

@@ -1,4 +1,4 @@
-"""Cases for the static counter: JAX's attention kernels, our operations, and a matrix product to check the counter."""
+"""Cases to compile ahead of time: our operations, JAX's attention kernels for TPUs, and a matrix product."""
 
 import dataclasses
 import functools
@@ -11,7 +11,7 @@ from jax.experimental.pallas.ops.tpu import flash_attention as jax_flash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as jax_splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as jax_splash_mask
 
-from benchmarks.tpu_compile import Case
+from benchmarks.ahead_of_time import Case
 
 
 def _bf16(*shape):
@@ -117,9 +117,10 @@ def attention(
     w_dtype: str | None = None,
     segments: bool = False,
     keys: int | None = None,
+    implementation: str | None = "tpu",
     options: dict | None = None,
 ) -> Case:
-    """Our operations with q, k, v [1, T, N or K, H] and float32 beta and gates, by their TPU kernels.
+    """Our operations with q, k, v [1, T, N or K, H] and float32 beta and gates.
 
     Args:
       op: "path", "path_fox" or "fox".
@@ -133,7 +134,8 @@ def attention(
       dtype: of q, k, v.
       w_dtype: of the directions w, dtype by default.
       segments: with segment ids.
-      keys: per inner step of the quadratic stage; from the kernels' table by default.
+      keys: per inner step of the TPU kernels' quadratic stage; from their table by default.
+      implementation: which kernels.
       options: further keyword arguments of the operation.
     """
     # Imported here: the peers are counted even where this fails.
@@ -146,7 +148,7 @@ def attention(
     w, beta = array((1, T, K, H), w_dtype or dtype), _float32(1, T, K)
     inputs = {"path": (q, k, v, w, beta), "path_fox": (q, k, v, w, beta, gates), "fox": (q, k, v, gates)}[op]
     public = forgetting_attention if op == "fox" else path_attention
-    function = functools.partial(public, implementation="tpu", **options or {})
+    function = functools.partial(public, implementation=implementation, **options or {})
     if segments:
         inputs, function = (array((1, T), "int32"), *inputs), _with_segments(function)
     if backward:

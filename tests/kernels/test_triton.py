@@ -1,0 +1,202 @@
+"""The Triton kernels: in Triton's interpreter against the reference in float64, and through its compiler.
+
+    TRITON_INTERPRET=1 pytest -m "slow or not slow" tests/kernels/test_triton.py
+    pytest -m gpu_aot tests/kernels/test_triton.py
+
+The first needs triton, PyTorch for the CPU and NumPy before 2.4, the second triton; neither needs a GPU. The
+interpreter multiplies bfloat16 wrongly, hence float16 and float32.
+"""
+
+import dataclasses
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")] if __name__ == "__main__" else []
+
+from kernels.recurrence import TOLERANCE, assert_all_close, random_cotangents, random_inputs, relative_error  # noqa: E402
+from kernels.test_gpu import CASES, SLOW_CASES  # noqa: E402
+from kernels.test_tpu import DOCUMENTS, compare, in_float64, parameters  # noqa: E402
+
+from pallas_kernels import forgetting_attention, path_attention  # noqa: E402
+from pallas_kernels.blockwise.gpu import layout, operation  # noqa: E402
+
+has_triton = importlib.util.find_spec("triton") is not None
+needs_interpreter = pytest.mark.skipif(
+    not has_triton or importlib.util.find_spec("torch") is None or os.environ.get("TRITON_INTERPRET") != "1",
+    reason="needs triton and torch, in a process started with TRITON_INTERPRET=1",
+)
+KERNELS = ("attention_forward", "query_gradient", "key_gradient")
+
+
+def kernels(run, capability):
+    """The kernels as `operation` takes them; `run` gets the `Launch` and returns the results."""
+    from pallas_kernels.blockwise.gpu import triton_call
+
+    launches = triton_call.forward_launch, triton_call.query_launch, triton_call.key_launch
+    return operation.Kernels(*(lambda *x, launch=launch: run(launch(*x, capability)) for launch in launches))
+
+
+def interpret(launch):
+    """Runs a launch in Triton's interpreter; what it leaves unwritten is NaN."""
+    import torch
+
+    operands = [torch.from_numpy(np.array(x)) for x in launch.operands]
+    results = [torch.full(x.shape, float("nan"), dtype=getattr(torch, x.dtype.name)) for x in launch.results]
+    launch.kernel[launch.grid](*operands, *results, **launch.constants)
+    return [jnp.asarray(x.numpy()) for x in results]
+
+
+def both_directions(op, inputs, cotangents, kernels, **options):
+    """Output, lse and gradients as `run_with_gradients` returns them. Not under `jax.jit` where `kernels` are run."""
+    call = op.as_call(**inputs, **options)
+    # Not a mode of Pallas: calls the kernels here and now.
+    options = dataclasses.replace(call.options, interpret="triton")
+    arrays = jax.tree.map(jnp.asarray, call.inputs)
+    out, lse, kept = operation.forward("triton", lambda: kernels, options, arrays)
+    gradients = operation.backward("triton", lambda: kernels, options, arrays, out, lse, kept, *cotangents)
+    return (out, lse), {name: getattr(gradients, name) for name in inputs}
+
+
+@needs_interpreter
+@pytest.mark.parametrize("op, shape, options", parameters(CASES, SLOW_CASES))
+def test_float16(op, shape, options):
+    """As `test_gpu.assert_accurate`: within the tolerance of 16-bit inputs, at most 1.25 times as far off as `xla`."""
+    inputs = random_inputs(0, **shape)
+    do, dlse = random_cotangents(1, inputs)
+    dtypes = {"beta": "float32", "log_forget": "float32", "w": "float32"}
+    rounded = {name: jnp.asarray(x, dtypes.get(name, "float16")) for name, x in inputs.items()}
+    cotangents = jnp.asarray(do, "float16"), jnp.asarray(dlse)
+    actual = both_directions(op, rounded, cotangents, kernels(interpret, (8, 0)), **options)
+    peer, desired = compare(op, inputs, "float16", implementation="xla", w_dtype="float32", **options)
+    np.testing.assert_allclose(actual[0][1], desired[0][1], atol=TOLERANCE["bfloat16"]["output"])  # log-sum-exp
+    (out, _), gradients = jax.tree.map(relative_error, actual, desired)
+    (peer_out, _), peer_gradients = jax.tree.map(relative_error, peer, desired)
+    assert out <= min(TOLERANCE["bfloat16"]["output"], 1.25 * peer_out)
+    for name, error in gradients.items():
+        assert error <= TOLERANCE["bfloat16"]["gradient"], name
+        assert error <= 1.25 * peer_gradients[name], (name, error, peer_gradients[name])
+
+
+@needs_interpreter
+@pytest.mark.parametrize("capability", [(8, 0), (8, 9), (9, 0)], ids=lambda capability: "sm_{}{}".format(*capability))
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize(
+    "op, options",
+    [
+        pytest.param(path_attention, dict(segment_ids=DOCUMENTS), id="path_fox"),
+        pytest.param(forgetting_attention, dict(segment_ids=DOCUMENTS, window=150), id="fox"),
+    ],
+)
+def test_blocks_in_float32(op, options, head_dim, capability):
+    """Every choice of blocks. Kernels for float32 compile, but products would be rounded on a GPU."""
+    shape = dict(length=400, heads=2, kv_heads=1, head_dim=head_dim, gate=0.05, path=op is path_attention)
+    inputs = {name: jnp.asarray(x, "float32") for name, x in random_inputs(2, **shape).items()}
+    cotangents = jax.tree.map(lambda x: jnp.asarray(x, "float32"), random_cotangents(3, inputs))
+    actual = both_directions(op, inputs, cotangents, kernels(interpret, capability), **options)
+    assert_all_close(actual, in_float64(op, inputs, cotangents, **options), "float32")
+
+
+@pytest.mark.skipif(not has_triton, reason="needs triton")
+def test_constants():
+    from pallas_kernels.blockwise.gpu import triton_kernels
+
+    for name in ("TILE", "LOG2E", "MASKED", "LEAST"):
+        assert getattr(triton_kernels, name).value == getattr(layout, name)
+
+
+VARIANTS = {
+    "path": (path_attention, dict(gate=None), {}),
+    "path_fox": (path_attention, {}, {}),
+    "path_fox, documents, pruned": (path_attention, {}, dict(segment_ids=DOCUMENTS, prune="auto")),
+    "fox": (forgetting_attention, dict(path=False), {}),
+    "fox, no gate": (forgetting_attention, dict(path=False, gate=None), {}),
+    "fox, documents, window, pruned": (
+        forgetting_attention,
+        dict(path=False),
+        dict(segment_ids=DOCUMENTS, window=150, prune="auto"),
+    ),
+}
+
+
+@pytest.mark.gpu_aot
+@pytest.mark.skipif(not has_triton, reason="needs triton")
+@pytest.mark.parametrize("dims", [(64, 64), (128, 128), (64, 128)], ids=str)
+@pytest.mark.parametrize("capability", [(8, 0), (8, 9), (9, 0)], ids=lambda capability: "sm_{}{}".format(*capability))
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_compiles(variant, capability, dims):
+    """Shared memory suffices, and next to no registers are spilled (bytes per thread, stores and loads)."""
+    compiled = compile_variant(variant, capability, dims)
+    assert compiled.keys() == set(KERNELS)
+    for name, kernel in compiled.items():
+        assert kernel["shared"] <= {(8, 0): 163, (8, 9): 99, (9, 0): 227}[capability] * 1024, name
+        assert max(kernel["spills"]) <= (128 if name == "key_gradient" else 16), (name, kernel)
+
+
+def compile_variant(variant, capability, dims):
+    """{kernel: {"registers", "spills": [stores, loads], "shared"}}, compiled in a process of its own."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    with tempfile.TemporaryDirectory() as cache:
+        command = [sys.executable, __file__, json.dumps([variant, capability, dims])]
+        environment |= {"TRITON_CACHE_DIR": cache, "JAX_PLATFORMS": "cpu"}
+        result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def _compile_variant(variant, capability, dims):
+    op, shape, options = VARIANTS[variant]
+    inputs = random_inputs(0, 400, heads=4, kv_heads=2, head_dim=dims[0], v_head_dim=dims[1], **shape)
+    inputs = {name: jnp.asarray(x, "float32" if x.ndim == 3 else "bfloat16") for name, x in inputs.items()}
+    compiled = {}
+
+    def run(launch):
+        compiled[launch.kernel.__name__] = _compile(launch, capability)
+        return [jnp.zeros(x.shape, x.dtype) for x in launch.results]
+
+    cotangents = [jnp.asarray(x, "float32") for x in random_cotangents(1, inputs)]
+    jax.eval_shape(lambda *x: both_directions(op, *x, kernels(run, capability), **options), inputs, cotangents)
+    return compiled
+
+
+def _compile(launch, capability):
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    types = {"bfloat16": "*bf16", "float32": "*fp32", "int32": "*i32"}
+    arrays = [types[x.dtype.name] for x in (*launch.operands, *launch.results)]
+    signature = dict(zip(launch.kernel.arg_names, arrays)) | dict.fromkeys(launch.constants, "constexpr")
+    assert list(signature) == launch.kernel.arg_names
+    aligned = {(i,): [["tt.divisibility", 16]] for i in range(len(arrays))}
+    major, minor = capability
+    kernel = triton.compile(
+        ASTSource(launch.kernel, signature, launch.constants, aligned),
+        target=GPUTarget("cuda", 10 * major + minor, 32),
+        options=dict(num_warps=launch.blocks.num_warps, num_stages=launch.blocks.num_stages),
+    )
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(kernel.asm["ptx"])
+        file.flush()
+        ptxas = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
+        target = re.search(r"\.target (\w+)", kernel.asm["ptx"])[1]
+        command = [ptxas, "-v", f"-arch={target}", file.name, "-o", os.devnull]
+        printed = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", printed)
+    registers = re.search(r"Used (\d+) registers", printed)[1]
+    return {"registers": int(registers), "spills": list(map(int, spills.groups())), "shared": kernel.metadata.shared}
+
+
+if __name__ == "__main__":
+    print(json.dumps(_compile_variant(*json.loads(sys.argv[1], object_pairs_hook=dict))))
