@@ -3,6 +3,7 @@
     python -m pallas_kernels.benchmark                              # all tables, CPU-sized
     python -m pallas_kernels.benchmark --tables=time --lengths=2048,4096 --dtype=bfloat16
     python -m pallas_kernels.benchmark tune --help                  # block sizes of the TPU kernels, in a checkout
+    python -m pallas_kernels.benchmark gpu --help                   # times on an NVIDIA GPU beside peers, in a checkout
 
 Tables:
   time    forward + backward (gradients of every input) of our operations over those of
@@ -185,6 +186,10 @@ def main(argv=None):
         from benchmarks import tpu_tune  # not part of the installed package
 
         return tpu_tune.main(argv[1:])
+    if argv[:1] == ["gpu"]:
+        from benchmarks import gpu_speed
+
+        return gpu_speed.main(argv[1:])
     args = parse_args(argv)
     device = jax.devices()[0]
     print(f"jax {jax.__version__} on {device.device_kind} ({jax.default_backend()}), {args}")

@@ -45,10 +45,10 @@ SLOW_CASES = {
 }
 
 
-def assert_accurate(op, shape, options, dtype):
+def assert_accurate(op, shape, options, dtype, implementation="gpu"):
     """Within the tolerance of 16-bit inputs, and at most 1.25 times as far off as `xla` on the same."""
     inputs = random_inputs(0, **shape)
-    actual, desired = compare(op, inputs, dtype, implementation="gpu", w_dtype="float32", **options)
+    actual, desired = compare(op, inputs, dtype, implementation=implementation, w_dtype="float32", **options)
     peer, _ = compare(op, inputs, dtype, implementation="xla", w_dtype="float32", **options)
     np.testing.assert_allclose(actual[0][1], desired[0][1], atol=TOLERANCE["bfloat16"]["output"])  # log-sum-exp
     (out, _), gradients = jax.tree.map(relative_error, actual, desired)
@@ -80,6 +80,26 @@ def test_float16_without_races(op, path):
     with pallas_kernels.interpret(plgpu.InterpretGPUParams(detect_races=True)):
         assert_accurate(op, shape, dict(), "float16")
     assert not get_races().races_found
+
+
+LONG_CASES = {
+    "path_fox, T 4096": (path_attention, dict(length=4096, heads=4, kv_heads=2, head_dim=128, gate=0.02), {}),
+    "fox, T 5000": (forgetting_attention, dict(length=5000, heads=4, kv_heads=1, head_dim=64, path=False), {}),
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("op, shape, options", parameters(CASES | SLOW_CASES | LONG_CASES, {}))
+def test_on_the_gpu(op, shape, options, dtype):
+    """On the device itself; run with JAX_PLATFORMS=cuda,cpu."""
+    assert_accurate(op, shape, options, dtype)
+
+
+@pytest.mark.gpu
+def test_the_gpu_is_trusted():
+    inputs = {name: jnp.asarray(x, "bfloat16") for name, x in random_inputs(0, 8, path=False).items()}
+    assert explain(forgetting_attention, **inputs)["gpu"] is None
 
 
 def test_what_the_kernels_refuse():

@@ -30,19 +30,20 @@ from pallas_kernels.blockwise.gpu.primitives import (
     barriers,
     drain,
     full,
-    index,
+    hide,
     int32,
     interpret_mode,
     load,
     loop,
+    no_padding,
+    places,
     swizzled,
     vector,
-    visible,
 )
 
 
 def query_gradient(q, k, v, dout, lse, delta, gate, segment_ids, first_key, size: Geometry, *, stages: int = 2):
-    """Returns dq, like q, and row sums of ds [B, N, rows of queries, 128].
+    """Returns dq, like q, and row sums of ds [B, N, rows of queries, 128], 0 without a gate.
 
     Args:
       q, k, v, gate, segment_ids, first_key: see `forward.attention_forward`.
@@ -123,7 +124,7 @@ def query_gradient(q, k, v, dout, lse, delta, gate, segment_ids, first_key, size
             mine = pl.ds(base, HALF)
             plgpu.barrier_wait(s["own_full"])
             delta = load(s["rows"].at[1, mine], ROWS)
-            query_ids = load(s["query_ids"].at[mine], ROWS) if has_ids else None
+            query_ids = no_padding(load(s["query_ids"].at[mine], ROWS)) if has_ids else None
 
             def visit(i, carry, is_own):
                 dq, sums, shift = carry
@@ -140,21 +141,22 @@ def query_gradient(q, k, v, dout, lse, delta, gate, segment_ids, first_key, size
                         z = z - along(load(s["inside"], COLUMNS), 1, z)
                     elif has_gate:
                         z = z + along(load(s["behind"].at[slot, pl.ds(0, TILE)], COLUMNS), 1, z)
-                    weights = jnp.exp2(z)
-                    if is_own or size.window is not None or has_ids:
-                        distance = (position - key) * TILE + base + index(z, 0) - index(z, 1)
-                        ids = None
-                        if has_ids:
-                            key_ids = load(s["key_ids"].at[slot], COLUMNS)
-                            ids = along(query_ids, 0, z), along(key_ids, 1, z)
-                        weights = jnp.where(visible(distance, size.window, ids), weights, 0.0)
-                    return weights, dp_ref[...]
+                    return jnp.exp2(z), dp_ref[...]
 
                 accumulator = plgpu.ACC((HALF, TILE), jnp.float32)
                 weights, dp = pl.run_scoped(products, accumulator, accumulator)
                 plgpu.barrier_arrive(s["v_free"].at[slot])
                 ds = weights * (dp - along(delta, 0, dp))
-                sums = sums + ds.sum(axis=1)
+                spots = ids = None
+                if is_own or size.window is not None:
+                    query_places = places(HALF, base, ROWS)
+                    key_places = places(TILE, (key - position) * TILE, COLUMNS)
+                    spots = along(query_places, 0, ds), along(key_places, 1, ds)
+                if has_ids:
+                    ids = along(query_ids, 0, ds), along(load(s["key_ids"].at[slot], COLUMNS), 1, ds)
+                ds = hide(ds, 0.0, spots, size.window, ids)
+                if has_gate:
+                    sums = sums + ds.sum(axis=1)
                 if has_gate and not is_own:
                     shift = shift + s["behind"][slot, TILE]
                 (dq,) = accumulate(size.interpret, (dq, ds.astype(k.dtype), s["k"].at[slot]))
@@ -210,8 +212,8 @@ def query_gradient(q, k, v, dout, lse, delta, gate, segment_ids, first_key, size
     )(*operands.values())
 
 
-def key_gradient(q, k, v, dout, vectors, gate, segment_ids, last_query, size: Geometry, *, stages: int = 2):
-    """Returns dk, like k; dv like v; column sums of ds [B, N, key tiles, 128].
+def key_gradient(q, k, v, dout, vectors, gate, segment_ids, last_query, size: Geometry):
+    """Returns dk, like k; dv like v; column sums of ds [B, N, key tiles, 128], 0 without a gate.
 
     Args:
       q, k, v, segment_ids: see `forward.attention_forward`. dout: see `query_gradient`.
@@ -224,7 +226,8 @@ def key_gradient(q, k, v, dout, vectors, gate, segment_ids, last_query, size: Ge
     rows = schedule.key_rows(size.num_queries, size.num_keys, size.tree, size.window)
     group = size.num_heads // size.num_kv_heads
     has_gate, has_ids, has_last, tree = gate is not None, segment_ids is not None, last_query is not None, size.tree
-    parts = TILE // HALF
+    has_window = size.window is not None
+    parts = stages = TILE // HALF  # alike, so that a slot holds the same half of every tile
     num_buffers = 2 if tree else 1
     operands = dict(q=q, k=k, v=v, dout=dout, vectors=vectors, table=rows.table, starts=rows.starts)
     if has_gate:
@@ -232,6 +235,7 @@ def key_gradient(q, k, v, dout, vectors, gate, segment_ids, last_query, size: Ge
     if has_ids:
         operands |= dict(ids=segment_ids, query_ids=segment_ids.reshape(size.batch, -1, HALF))
     operands |= dict(last=last_query) if has_last else {}
+    operands |= dict(columns=np.arange(HALF, dtype=np.int32)) if has_window else {}
     names = tuple(operands)
 
     def key_gradient_kernel(*refs, **s):
@@ -239,8 +243,8 @@ def key_gradient(q, k, v, dout, vectors, gate, segment_ids, last_query, size: Ge
         dk_hbm, dv_hbm, sums_hbm = refs[len(names) :]
         kv_head, batch, warpgroup = (jax.lax.axis_index(name) for name in ("head", "batch", "warpgroup"))
         tile = jax.lax.axis_index("tile")  # the first ones have the most queries
-        start, end = hbm["starts"][tile], hbm["starts"][tile + 1]
         panel, v_panel = (pl.ds(kv_head * n, n) for n in (size.head_dim, size.v_head_dim))
+        rows_of_tile = lambda: (hbm["starts"][tile], hbm["starts"][tile + 1])  # read by each role, as above
 
         def queries(row, head):
             """First tile of queries of a row, and how many; without the tree at least one."""
@@ -261,6 +265,10 @@ def key_gradient(q, k, v, dout, vectors, gate, segment_ids, last_query, size: Ge
                         plgpu.copy_gmem_to_smem(source, s["gate"].at[g, i], own)
             if has_ids:
                 plgpu.copy_gmem_to_smem(hbm["ids"].at[batch, tile], s["key_ids"], own)
+            if has_window:
+                plgpu.copy_gmem_to_smem(hbm["columns"], s["columns"], own)
+
+            start, end = rows_of_tile()
 
             def copy_row(row, step):
                 buffer = jax.lax.rem(row - start, int32(num_buffers))
@@ -306,15 +314,15 @@ def key_gradient(q, k, v, dout, vectors, gate, segment_ids, last_query, size: Ge
             base = warpgroup * HALF
             mine = pl.ds(base, HALF)
             plgpu.barrier_wait(s["own_full"])
-            key_ids = load(s["key_ids"].at[mine], ROWS) if has_ids else None
+            key_ids = no_padding(load(s["key_ids"].at[mine], ROWS)) if has_ids else None
             s_sums = s["sums"]
             for g in range(group):
                 s_sums[g, mine] = full((HALF,), 0, ROWS)
 
-            def attend(i, carry, g, buffer, step, first, is_nearest):
+            def attend(i, carry, g, buffer, first, is_nearest):
                 """64 queries; the nearest tile may be that of the keys."""
                 dk, dv, sums, between = carry
-                slot = jax.lax.rem(step + i, int32(stages))
+                slot = jax.lax.rem(i, int32(stages))
                 query = first + jax.lax.div(i, int32(parts))
                 is_own = query + size.offset == tile
                 plgpu.barrier_wait(s["q_full"].at[slot])
@@ -332,22 +340,23 @@ def key_gradient(q, k, v, dout, vectors, gate, segment_ids, last_query, size: Ge
                             row = (1 - own) * row - own * load(s["gate"].at[g, 0, mine], ROWS)
                     lse = load(s["vectors"].at[slot, pl.ds(0, HALF)], COLUMNS)
                     weights = jnp.exp2(z * size.logit_scale + along(row, 0, z) - along(lse, 1, z))
-                    if is_nearest or size.window is not None or has_ids:
-                        distance = (query + size.offset - tile) * TILE + jax.lax.rem(i, int32(parts)) * HALF - base
-                        ids = None
-                        if has_ids:
-                            query_ids = load(s["query_ids"].at[slot], COLUMNS)
-                            ids = along(query_ids, 1, z), along(key_ids, 0, z)
-                        mask = visible(distance + index(z, 1) - index(z, 0), size.window, ids)
-                        weights = jnp.where(mask, weights, 0.0)
+                    spots = ids = None
+                    if is_nearest or has_window:
+                        before = (query + size.offset - tile) * TILE + jax.lax.rem(i, int32(parts)) * HALF
+                        columns = places(HALF, 0, COLUMNS) if is_nearest else load(s["columns"], COLUMNS)
+                        query_places, key_places = columns + before, places(HALF, base, ROWS)
+                        spots = along(query_places, 1, z), along(key_places, 0, z)
+                    if has_ids:
+                        ids = along(load(s["query_ids"].at[slot], COLUMNS), 1, z), along(key_ids, 0, z)
+                    weights = hide(weights, 0.0, spots, size.window, ids)
                     return weights, dp_ref[...]
 
                 accumulator = plgpu.ACC((HALF, HALF), jnp.float32)
                 weights, dp = pl.run_scoped(products, accumulator, accumulator)
                 delta = load(s["vectors"].at[slot, pl.ds(HALF, HALF)], COLUMNS)
                 ds = weights * (dp - along(delta, 1, dp))
-                sums = sums + ds.sum(axis=1)
                 if has_gate:
+                    sums = sums + ds.sum(axis=1)
                     # Behind the keys' own tile nothing lies between it and the next.
                     between = between + jnp.where(is_own, 0.0, s["vectors"][slot, 2 * HALF])
                 dv, dk = accumulate(
@@ -358,26 +367,26 @@ def key_gradient(q, k, v, dout, vectors, gate, segment_ids, last_query, size: Ge
                 plgpu.barrier_arrive(s["q_free"].at[slot])
                 return dk, dv, sums, between
 
-            def attend_row(row, carry):
-                dv, step = carry
+            start, end = rows_of_tile()
+
+            def attend_row(row, dv):
                 buffer = jax.lax.rem(row - start, int32(num_buffers))
                 plgpu.barrier_wait(s["k_full"].at[buffer])
 
                 def attend_head(g, carry):
-                    dk, dv, step = carry
+                    dk, dv = carry
                     head = kv_head * group + g
                     first, count = queries(row, head)
                     between = hbm["between"][batch, head, row] if has_gate else jnp.float32(0)
-                    visit = lambda is_nearest: lambda i, carry: attend(i, carry, g, buffer, step, first, is_nearest)
+                    visit = lambda is_nearest: lambda i, carry: attend(i, carry, g, buffer, first, is_nearest)
                     carry = dk, dv, full((HALF,), 0, ROWS), between
                     if not tree:
                         carry = loop(0, parts, visit(True), carry)
                     dk, dv, sums, _ = loop(0 if tree else parts, count * parts, visit(False), carry)
                     s_sums[g, mine] = load(s_sums.at[g, mine], ROWS) + sums
-                    return dk, dv, step + count * parts
+                    return dk, dv
 
-                zeros = full((HALF, size.head_dim), 0, MATRIX)
-                dk, dv, step = loop(0, group, attend_head, (zeros, dv, step))
+                dk, dv = loop(0, group, attend_head, (full((HALF, size.head_dim), 0, MATRIX), dv))
                 out = s["k"].at[buffer].at[mine]
                 out[...] = (dk * (size.logit_scale / LOG2E)).astype(k.dtype)
                 plgpu.commit_smem()
@@ -385,9 +394,9 @@ def key_gradient(q, k, v, dout, vectors, gate, segment_ids, last_query, size: Ge
                 plgpu.copy_smem_to_gmem(out, dk_hbm.at[version, mine, panel])
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 plgpu.barrier_arrive(s["k_free"].at[buffer])
-                return dv, step
+                return dv
 
-            dv, _ = loop(start, end, attend_row, (full((HALF, size.v_head_dim), 0, MATRIX), int32(0)))
+            dv = loop(start, end, attend_row, full((HALF, size.v_head_dim), 0, MATRIX))
             out = s["v"].at[mine]
             out[...] = dv.astype(v.dtype)
             plgpu.commit_smem()
@@ -404,7 +413,7 @@ def key_gradient(q, k, v, dout, vectors, gate, segment_ids, last_query, size: Ge
         v=swizzled((TILE, size.v_head_dim), v.dtype),
         vectors=vector(stages, 2 * HALF + 4),
         sums=vector(group, TILE),
-        own_full=plgpu.Barrier(num_arrivals=1 + 2 * group * has_gate + has_ids),
+        own_full=plgpu.Barrier(num_arrivals=1 + 2 * group * has_gate + has_ids + has_window),
         k_full=barriers(num_buffers),
         q_full=barriers(stages, 3 + has_ids),
         k_free=barriers(num_buffers, 2),
@@ -414,6 +423,7 @@ def key_gradient(q, k, v, dout, vectors, gate, segment_ids, last_query, size: Ge
         scratch |= dict(gate=vector(group, 2, TILE))
     if has_ids:
         scratch |= dict(query_ids=vector(stages, HALF, dtype=jnp.int32), key_ids=vector(TILE, dtype=jnp.int32))
+    scratch |= dict(columns=vector(HALF, dtype=jnp.int32)) if has_window else {}
     return plgpu.kernel(
         key_gradient_kernel,
         out_type=(

@@ -11,6 +11,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -27,14 +28,15 @@ from pallas_kernels.blockwise.gpu.primitives import (
     barriers,
     drain,
     full,
-    index,
+    hide,
     int32,
     interpret_mode,
     load,
     loop,
+    no_padding,
+    places,
     swizzled,
     vector,
-    visible,
 )
 
 
@@ -64,12 +66,14 @@ def attention_forward(q, k, v, gate, segment_ids, first_key, partial, size: Geom
     num_buffers = 2 if size.tree else 1
     group = size.num_heads // size.num_kv_heads
     has_gate, has_ids, has_first, tree = gate is not None, segment_ids is not None, first_key is not None, size.tree
+    has_window = size.window is not None
     operands = dict(q=q, k=k, v=v, table=rows.table, starts=rows.starts)
     if has_gate:
         operands |= dict(zip(("inside", "behind", "between"), gate))
     operands |= dict(ids=segment_ids) if has_ids else {}
     operands |= dict(first=first_key) if has_first else {}
     operands |= dict(zip(("partial_out", "partial_lse"), partial)) if tree else {}
+    operands |= dict(columns=np.arange(TILE, dtype=np.int32)) if has_window else {}
     names = tuple(operands)
 
     def attention_forward_kernel(*refs, **s):
@@ -94,11 +98,13 @@ def attention_forward(q, k, v, gate, segment_ids, first_key, partial, size: Geom
         @pl.when(warpgroup == 2)
         def produce():
             plgpu.set_max_registers(24, action="decrease")
-            own = s.get("own_full")
+            own = s.get("own_full") if tree else s["q_full"].at[0]
             if not tree and has_gate:
                 plgpu.copy_gmem_to_smem(hbm["inside"].at[batch, head, position], s["inside"], own)
             if has_ids:
                 plgpu.copy_gmem_to_smem(hbm["ids"].at[batch, position], s["query_ids"], own)
+            if has_window:
+                plgpu.copy_gmem_to_smem(hbm["columns"], s["columns"], own)
 
             def copy_row(row, count, step):
                 buffer, last = jax.lax.rem(row - start, int32(num_buffers)), hbm["table"][row, 3] - 1
@@ -145,9 +151,11 @@ def attention_forward(q, k, v, gate, segment_ids, first_key, partial, size: Geom
                 plgpu.barrier_arrive(s["turn"])
                 plgpu.barrier_wait(s["turn"])
 
-            if has_ids or (has_gate and not tree):
+            if not tree:
+                plgpu.barrier_wait(s["q_full"].at[0])
+            elif has_ids:
                 plgpu.barrier_wait(s["own_full"])
-            query_ids = load(s["query_ids"].at[mine], ROWS) if has_ids else None
+            query_ids = no_padding(load(s["query_ids"].at[mine], ROWS)) if has_ids else None
             pl.when(warpgroup == 1)(take_turn)
 
             def attend(slot, buffer, key, carry, is_own):
@@ -168,13 +176,15 @@ def attention_forward(q, k, v, gate, segment_ids, first_key, partial, size: Geom
                     else:
                         z = z + along(load(s["behind"].at[slot, pl.ds(0, TILE)], COLUMNS), 1, z)
                         between = between + s["behind"][slot, TILE]
-                if is_own or size.window is not None or has_ids:
-                    distance = (position - key) * TILE + base + index(z, 0) - index(z, 1)
-                    ids = None
-                    if has_ids:
-                        key_ids = load(s["key_ids"].at[slot], COLUMNS)
-                        ids = along(query_ids, 0, z), along(key_ids, 1, z)
-                    z = jnp.where(visible(distance, size.window, ids), z, MASKED)
+                spots = ids = None
+                if is_own or has_window:
+                    query_places = places(HALF, base, ROWS)
+                    columns = places(TILE, 0, COLUMNS) if is_own else load(s["columns"], COLUMNS)
+                    key_places = columns + (key - position) * TILE
+                    spots = along(query_places, 0, z), along(key_places, 1, z)
+                if has_ids:
+                    ids = along(query_ids, 0, z), along(load(s["key_ids"].at[slot], COLUMNS), 1, z)
+                z = hide(z, MASKED, spots, size.window, ids)
                 plgpu.barrier_arrive(s["k_free"].at[slot])
                 # The gates between the tiles join the maximum, not every element.
                 larger = jnp.maximum(maximum, z.max(axis=1) + shift)
@@ -193,7 +203,8 @@ def attention_forward(q, k, v, gate, segment_ids, first_key, partial, size: Geom
             def attend_row(row, count, carry):
                 *carry, step = carry
                 buffer, last = jax.lax.rem(row - start, int32(num_buffers)), hbm["table"][row, 3] - 1
-                plgpu.barrier_wait(s["q_full"].at[buffer])
+                if tree:
+                    plgpu.barrier_wait(s["q_full"].at[buffer])
                 between = hbm["between"][batch, head, row] if has_gate else jnp.float32(0)
                 carry = (*carry, between)
                 visit = lambda i, carry, is_own: attend(
@@ -236,7 +247,7 @@ def attention_forward(q, k, v, gate, segment_ids, first_key, partial, size: Geom
         k=swizzled((stages, TILE, size.head_dim), k.dtype),
         v=swizzled((stages, TILE, size.v_head_dim), v.dtype),
         lse=vector(TILE),
-        q_full=barriers(num_buffers),
+        q_full=barriers(num_buffers, 1 if tree else 1 + has_gate + has_ids + has_window),
         k_full=barriers(stages, 1 + has_gate + has_ids),
         v_full=barriers(stages),
         k_free=barriers(stages, 2),
@@ -245,13 +256,14 @@ def attention_forward(q, k, v, gate, segment_ids, first_key, partial, size: Geom
     )
     if tree:
         scratch |= dict(q_free=barriers(num_buffers, 2))
+        scratch |= dict(own_full=plgpu.Barrier(num_arrivals=1)) if has_ids else {}
+    if has_window:
+        scratch |= dict(columns=vector(TILE, dtype=jnp.int32))
     if has_gate:
         scratch |= dict(behind=vector(stages, TILE + 4))
         scratch |= {} if tree else dict(inside=vector(TILE))
     if has_ids:
         scratch |= dict(key_ids=vector(stages, TILE, dtype=jnp.int32), query_ids=vector(TILE, dtype=jnp.int32))
-    if own := has_ids + (has_gate and not tree):
-        scratch |= dict(own_full=plgpu.Barrier(num_arrivals=own))
     num_tiles = size.batch * size.num_queries
     return plgpu.kernel(
         attention_forward_kernel,

@@ -46,26 +46,36 @@ def along(x, axis, like):
     return jax.lax.broadcast_in_dim(x, like.shape, [axis])
 
 
-def index(like, axis):
-    """Row or column numbers of a matrix."""
-    return plgpu.broadcasted_iota(jnp.int32, like.shape, axis, layout=MATRIX)
+def places(length, start, layout):
+    """start, start + 1, ...: positions of the rows (ROWS) or columns (COLUMNS) of a tile."""
+    return plgpu.broadcasted_iota(jnp.int32, (length,), 0, layout=layout) + start
 
 
-def visible(distance, window, ids):
-    """Mask of a tile of logits.
+def hide(x, value, places, window, ids):
+    """A tile with `value` where a query does not see a key.
+
+    One condition after the other, each of two vectors: masks and matrices of distances would take registers, the latter
+    even between the steps of a loop, and so do positions of columns that are not read from memory.
 
     Args:
-      distance: from query back to key, of every element.
+      x: tile of queries and keys.
+      value: a number.
+      places: positions of queries and of keys, each spread over the tile; None where all keys lie before the queries
+        and inside the window.
       window: how many keys a query sees, or None.
-      ids: None, or the documents of queries and of keys, each spread over the tile; 0 is padding.
+      ids: None, or the documents of queries and of keys, each spread over the tile, one of them with `no_padding`.
     """
-    mask = distance >= 0
-    if window is not None:
-        mask &= distance < window
-    if ids is not None:
-        query, key = ids
-        mask &= (query == key) & (query > 0)
-    return mask
+    if places is not None:
+        query, key = places
+        x = jnp.where(query >= key, x, value)
+        if window is not None:
+            x = jnp.where(query - window < key, x, value)
+    return x if ids is None else jnp.where(ids[0] == ids[1], x, value)
+
+
+def no_padding(ids):
+    """Documents, with a number in place of 0 that no document has: padding sees nothing and is not seen."""
+    return jnp.where(ids > 0, ids, -1)
 
 
 def await_reuse(barrier):
