@@ -16,6 +16,7 @@ from pallas_kernels.householder import frame_tree_rows
 
 is_old = tuple(int(part) for part in jax.__version__.split(".")[:2]) < (0, 11)
 needs_interpreter = pytest.mark.skipif(is_old, reason="the kernels need JAX 0.11 or later")
+needs_gpu = pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs an NVIDIA GPU")
 
 CASES = {
     "path_fox, grouped": (path_attention, dict(length=400, heads=2, kv_heads=1, gate=0.05), {}),
@@ -45,11 +46,25 @@ SLOW_CASES = {
 }
 
 
-def assert_accurate(op, shape, options, dtype, implementation="gpu"):
+FAST_CASES = {
+    "path_fox, grouped": (path_attention, dict(length=400, heads=2, kv_heads=1, gate=0.05), {}),
+}
+SLOW_FAST_CASES = {
+    "path": (path_attention, dict(length=300, gate=None), {}),
+    "path, one tile": (path_attention, dict(length=70, v_head_dim=24), {}),
+    "path, documents": (path_attention, dict(length=400, heads=1, kv_heads=1), dict(segment_ids=DOCUMENTS)),
+    "path, head dims": (path_attention, dict(length=260, heads=1, kv_heads=1, head_dim=96, v_head_dim=40), {}),
+    "path, wide": (path_attention, dict(length=700, heads=2, kv_heads=1, head_dim=128, v_head_dim=128), {}),
+    "path, scales": (path_attention, dict(length=260, heads=1, kv_heads=1), dict(scale=-0.3, gate_scale=0.5)),
+    "path, two rows": (path_attention, dict(length=260, batch=2), {}),
+}
+
+
+def assert_accurate(op, shape, options, dtype, implementation="gpu", w_dtype="float32"):
     """Within the tolerance of 16-bit inputs, and at most 1.25 times as far off as `xla` on the same."""
     inputs = random_inputs(0, **shape)
-    actual, desired = compare(op, inputs, dtype, implementation=implementation, w_dtype="float32", **options)
-    peer, _ = compare(op, inputs, dtype, implementation="xla", w_dtype="float32", **options)
+    actual, desired = compare(op, inputs, dtype, implementation=implementation, w_dtype=w_dtype, **options)
+    peer, _ = compare(op, inputs, dtype, implementation="xla", w_dtype=w_dtype, **options)
     np.testing.assert_allclose(actual[0][1], desired[0][1], atol=TOLERANCE["bfloat16"]["output"])  # log-sum-exp
     (out, _), gradients = jax.tree.map(relative_error, actual, desired)
     (peer_out, _), peer_gradients = jax.tree.map(relative_error, peer, desired)
@@ -70,6 +85,14 @@ def test_bfloat16(op, shape, options):
 
 
 @needs_interpreter
+@pytest.mark.parametrize("op, shape, options", parameters(FAST_CASES, SLOW_FAST_CASES))
+def test_16_bit_directions(op, shape, options):
+    """Then kernels do the linear stage too."""
+    with pallas_kernels.interpret():
+        assert_accurate(op, shape, options, "bfloat16", w_dtype="bfloat16")
+
+
+@needs_interpreter
 @pytest.mark.slow
 @pytest.mark.parametrize("op, path", [(path_attention, True), (forgetting_attention, False)])
 def test_float16_without_races(op, path):
@@ -78,7 +101,7 @@ def test_float16_without_races(op, path):
 
     shape = dict(length=400, heads=2, kv_heads=1, gate=0.05, path=path)
     with pallas_kernels.interpret(plgpu.InterpretGPUParams(detect_races=True)):
-        assert_accurate(op, shape, dict(), "float16")
+        assert_accurate(op, shape, dict(), "float16", w_dtype="float16")
     assert not get_races().races_found
 
 
@@ -89,14 +112,17 @@ LONG_CASES = {
 
 
 @pytest.mark.gpu
+@needs_gpu
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("op, shape, options", parameters(CASES | SLOW_CASES | LONG_CASES, {}))
-def test_on_the_gpu(op, shape, options, dtype):
+@pytest.mark.parametrize("w_dtype", [None, "float32"])
+def test_on_the_gpu(op, shape, options, dtype, w_dtype):
     """On the device itself; run with JAX_PLATFORMS=cuda,cpu."""
-    assert_accurate(op, shape, options, dtype)
+    assert_accurate(op, shape, options, dtype, w_dtype=w_dtype or dtype)
 
 
 @pytest.mark.gpu
+@needs_gpu
 def test_the_gpu_is_trusted():
     inputs = {name: jnp.asarray(x, "bfloat16") for name, x in random_inputs(0, 8, path=False).items()}
     assert explain(forgetting_attention, **inputs)["gpu"] is None

@@ -21,17 +21,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from kernels.recurrence import TOLERANCE, assert_all_close, random_cotangents, random_inputs, relative_error
+from kernels.test_gpu import CASES, SLOW_CASES
+from kernels.test_tpu import DOCUMENTS, compare, in_float64, parameters
+
+from pallas_kernels import forgetting_attention, path_attention
+from pallas_kernels.blockwise.gpu import layout, operation
 
 ROOT = Path(__file__).parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")] if __name__ == "__main__" else []
-
-from kernels.recurrence import TOLERANCE, assert_all_close, random_cotangents, random_inputs, relative_error  # noqa: E402
-from kernels.test_gpu import CASES, SLOW_CASES  # noqa: E402
-from kernels.test_tpu import DOCUMENTS, compare, in_float64, parameters  # noqa: E402
-
-from pallas_kernels import forgetting_attention, path_attention  # noqa: E402
-from pallas_kernels.blockwise.gpu import layout, operation  # noqa: E402
-
 has_triton = importlib.util.find_spec("triton") is not None
 needs_interpreter = pytest.mark.skipif(
     not has_triton or importlib.util.find_spec("torch") is None or os.environ.get("TRITON_INTERPRET") != "1",
@@ -90,8 +87,8 @@ def test_float16(op, shape, options):
 
 
 @needs_interpreter
-@pytest.mark.parametrize("capability", [(8, 0), (8, 9), (9, 0)], ids=lambda capability: "sm_{}{}".format(*capability))
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0)], ids=lambda capability: "sm_{}{}".format(*capability))
+@pytest.mark.parametrize("dims", [(64, 64), (64, 128), (128, 64)], ids=str)
 @pytest.mark.parametrize(
     "op, options",
     [
@@ -99,9 +96,10 @@ def test_float16(op, shape, options):
         pytest.param(forgetting_attention, dict(segment_ids=DOCUMENTS, window=150), id="fox"),
     ],
 )
-def test_blocks_in_float32(op, options, head_dim, capability):
-    """Every choice of blocks. Kernels for float32 compile, but products would be rounded on a GPU."""
-    shape = dict(length=400, heads=2, kv_heads=1, head_dim=head_dim, gate=0.05, path=op is path_attention)
+def test_blocks_in_float32(op, options, dims, capability):
+    """Every choice of blocks, with an error that rounding to 16 bits cannot hide; a GPU would use less precision."""
+    shape = dict(length=400, heads=2, kv_heads=1, gate=0.05, path=op is path_attention)
+    shape |= dict(head_dim=dims[0], v_head_dim=dims[1])
     inputs = {name: jnp.asarray(x, "float32") for name, x in random_inputs(2, **shape).items()}
     cotangents = jax.tree.map(lambda x: jnp.asarray(x, "float32"), random_cotangents(3, inputs))
     actual = both_directions(op, inputs, cotangents, kernels(interpret, capability), **options)
@@ -121,7 +119,6 @@ VARIANTS = {
     "path_fox": (path_attention, {}, {}),
     "path_fox, documents, pruned": (path_attention, {}, dict(segment_ids=DOCUMENTS, prune="auto")),
     "fox": (forgetting_attention, dict(path=False), {}),
-    "fox, no gate": (forgetting_attention, dict(path=False, gate=None), {}),
     "fox, documents, window, pruned": (
         forgetting_attention,
         dict(path=False),
@@ -132,24 +129,25 @@ VARIANTS = {
 
 @pytest.mark.gpu_aot
 @pytest.mark.skipif(not has_triton, reason="needs triton")
-@pytest.mark.parametrize("dims", [(64, 64), (128, 128), (64, 128)], ids=str)
+@pytest.mark.parametrize("dims", [(64, 64), (128, 128), (64, 128), (128, 64)], ids=str)
 @pytest.mark.parametrize("capability", [(8, 0), (8, 9), (9, 0)], ids=lambda capability: "sm_{}{}".format(*capability))
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_compiles(variant, capability, dims):
-    """Shared memory suffices, and next to no registers are spilled (bytes per thread, stores and loads)."""
+    """Shared memory suffices, and at most the gradient of keys spills registers (bytes per thread)."""
     compiled = compile_variant(variant, capability, dims)
     assert compiled.keys() == set(KERNELS)
     for name, kernel in compiled.items():
-        assert kernel["shared"] <= {(8, 0): 163, (8, 9): 99, (9, 0): 227}[capability] * 1024, name
-        assert max(kernel["spills"]) <= (128 if name == "key_gradient" else 16), (name, kernel)
+        assert kernel["shared"] <= (227 if capability == (9, 0) else 99) * 1024, name
+        assert max(kernel["spills"]) <= (128 if name == "key_gradient" else 0), (name, kernel)
 
 
 def compile_variant(variant, capability, dims):
-    """{kernel: {"registers", "spills": [stores, loads], "shared"}}, compiled in a process of its own."""
+    """{kernel: {"registers", "spills": [stores, loads], "shared"}}, compiled in a process without the interpreter."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    path = [str(ROOT), str(ROOT / "tests"), *filter(None, [environment.get("PYTHONPATH")])]
     with tempfile.TemporaryDirectory() as cache:
         command = [sys.executable, __file__, json.dumps([variant, capability, dims])]
-        environment |= {"TRITON_CACHE_DIR": cache, "JAX_PLATFORMS": "cpu"}
+        environment |= {"TRITON_CACHE_DIR": cache, "JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(path)}
         result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr[-3000:]
     return json.loads(result.stdout.splitlines()[-1])
@@ -175,16 +173,18 @@ def _compile(launch, capability):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    from pallas_kernels.blockwise.gpu import triton_call
+
     types = {"bfloat16": "*bf16", "float32": "*fp32", "int32": "*i32"}
     arrays = [types[x.dtype.name] for x in (*launch.operands, *launch.results)]
     signature = dict(zip(launch.kernel.arg_names, arrays)) | dict.fromkeys(launch.constants, "constexpr")
     assert list(signature) == launch.kernel.arg_names
     aligned = {(i,): [["tt.divisibility", 16]] for i in range(len(arrays))}
-    major, minor = capability
+    (major, minor), blocks = capability, launch.blocks
     kernel = triton.compile(
         ASTSource(launch.kernel, signature, launch.constants, aligned),
         target=GPUTarget("cuda", 10 * major + minor, 32),
-        options=dict(num_warps=launch.blocks.num_warps, num_stages=launch.blocks.num_stages),
+        options=dict(num_warps=blocks.num_warps, num_stages=blocks.num_stages, ptx_version=triton_call.PTX_VERSION),
     )
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
         file.write(kernel.asm["ptx"])
@@ -199,4 +199,5 @@ def _compile(launch, capability):
 
 
 if __name__ == "__main__":
-    print(json.dumps(_compile_variant(*json.loads(sys.argv[1], object_pairs_hook=dict))))
+    variant, *tuples = json.loads(sys.argv[1])
+    print(json.dumps(_compile_variant(variant, *map(tuple, tuples))))

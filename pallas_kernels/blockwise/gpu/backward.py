@@ -17,7 +17,6 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.blockwise.gpu import schedule
-from pallas_kernels.blockwise.gpu.forward import compiler_params
 from pallas_kernels.blockwise.gpu.layout import LOG2E, TILE, Geometry
 from pallas_kernels.blockwise.gpu.primitives import (
     COLUMNS,
@@ -28,6 +27,7 @@ from pallas_kernels.blockwise.gpu.primitives import (
     along,
     await_reuse,
     barriers,
+    compiler_params,
     drain,
     full,
     hide,

@@ -26,6 +26,7 @@ from pallas_kernels.blockwise.gpu.primitives import (
     along,
     await_reuse,
     barriers,
+    compiler_params,
     drain,
     full,
     hide,
@@ -38,11 +39,6 @@ from pallas_kernels.blockwise.gpu.primitives import (
     swizzled,
     vector,
 )
-
-
-def compiler_params():
-    """Of all kernels; approx_math: exp2 is the hardware's."""
-    return plgpu.CompilerParams(approx_math=True)
 
 
 def attention_forward(q, k, v, gate, segment_ids, first_key, partial, size: Geometry, *, stages: int = 2):

@@ -22,9 +22,12 @@ def refuses(call: AttentionCall) -> str | None:
 
 
 def _kernels():
-    from pallas_kernels.blockwise.gpu import backward, forward
+    from pallas_kernels.blockwise.gpu import backward, forward, lift, tile_forward
 
-    return operation.Kernels(forward.attention_forward, backward.query_gradient, backward.key_gradient)
+    return operation.Kernels(
+        forward.attention_forward, backward.query_gradient, backward.key_gradient,
+        tile_forward.tile_forward, lift.lift_forward,
+    )  # fmt: skip
 
 
 forward = functools.partial(operation.forward, "gpu", _kernels)

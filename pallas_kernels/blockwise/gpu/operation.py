@@ -1,7 +1,8 @@
-"""One call on an NVIDIA GPU: the linear stage as array code, the quadratic stage as three kernels of one's choice.
+"""One call on an NVIDIA GPU: the linear stage as array code or kernels, the quadratic stage as kernels of one's choice.
 
-With the frame tree the kernels see what lies between tiles of 128 tokens; what a tile's queries find in their own tile
-comes out of the linear stage and is attended to here, forward and backward.
+With the frame tree the quadratic stage sees what lies between tiles of 128 tokens; what a tile's queries find in their
+own tile belongs to the linear stage. Kernels do the latter's forward pass where the directions w have the dtype of q, k
+and v, in the precision of that dtype; its backward pass, and both for float32 directions, are float32 array code.
 """
 
 import functools
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.blockwise import xla, xla_operation
-from pallas_kernels.blockwise.gpu import layout, schedule
+from pallas_kernels.blockwise.gpu import layout, schedule, tree
 from pallas_kernels.blockwise.gpu.layout import LEAST, LOG2E, TILE, Geometry
 from pallas_kernels.call import AttentionCall, Inputs, Options
 from pallas_kernels.householder import Frames, from_tiles, group_heads, to_tiles
@@ -21,11 +22,13 @@ from pallas_kernels.partition import run_backward, run_forward
 
 
 class Kernels(NamedTuple):
-    """The quadratic stage; see the functions of these names in `forward` and `backward`."""
+    """See the functions of these names in `forward`, `backward`, `tile_forward` and `lift`."""
 
     attention_forward: Callable
     query_gradient: Callable
     key_gradient: Callable
+    tile_forward: Callable | None = None  # without: the linear stage as array code
+    lift_forward: Callable | None = None
 
 
 def refuses(call: AttentionCall) -> str | None:
@@ -57,11 +60,7 @@ class _Setting(NamedTuple):
     """What both directions derive from a call before they run a kernel."""
 
     size: Geometry
-    frames: Frames | None  # with the tree
-    linear_vjp: object
-    q: jax.Array  # [tiles, 128, N H]
-    k: jax.Array
-    v: jax.Array
+    v: jax.Array  # [B tiles, 128, K Hv]
     inside: jax.Array | None  # base-2 gates up to and with each token [B, N, key tiles, 128]
     behind: jax.Array | None
     totals: jax.Array | None
@@ -69,13 +68,8 @@ class _Setting(NamedTuple):
     first_key: jax.Array | None
 
 
-def _setting(options: Options, inputs: Inputs, *, differentiate: bool) -> _Setting:
-    q, k, v, w, beta, log_forget, segment_ids = inputs
-    tree = w is not None
-    frames = linear_vjp = None
-    if tree:
-        stage = functools.partial(xla_operation.linear_stage, _tile_settings(options))
-        frames, linear_vjp = jax.vjp(stage, q, k, w, beta) if differentiate else (stage(q, k, w, beta), None)
+def _setting(options: Options, inputs: Inputs) -> _Setting:
+    q, k, v, w, _, log_forget, segment_ids = inputs
     num_keys = layout.num_tiles(k.shape[1])
     size = Geometry(
         batch=q.shape[0],
@@ -86,7 +80,7 @@ def _setting(options: Options, inputs: Inputs, *, differentiate: bool) -> _Setti
         head_dim=layout.padded(q.shape[3]),
         v_head_dim=layout.padded(v.shape[3]),
         logit_scale=options.scale * LOG2E,
-        tree=tree,
+        tree=w is not None,
         window=options.window,
         interpret=options.interpret,
     )
@@ -94,10 +88,7 @@ def _setting(options: Options, inputs: Inputs, *, differentiate: bool) -> _Setti
     if log_forget is not None:
         inside, behind, totals = layout.gate_sums(log_forget, options.gate_scale * LOG2E)
     return _Setting(
-        size, frames, linear_vjp,
-        layout.version_tiles(frames.query) if tree else layout.query_tiles(q, inputs),
-        layout.version_tiles(frames.key) if tree else layout.key_tiles(k),
-        layout.key_tiles(v), inside, behind, totals,
+        size, layout.key_tiles(v), inside, behind, totals,
         None if segment_ids is None else layout.segment_tiles(segment_ids),
         layout.first_key(options, inputs, totals, inside),
     )  # fmt: skip
@@ -130,10 +121,10 @@ def _from_head(x, size):
     return jnp.moveaxis(x, 2, 0).reshape(1, -1, size.num_kv_heads, size.num_heads // size.num_kv_heads, TILE)
 
 
-def _own_attention(options, inputs, setting):
+def _own_attention(options, inputs, setting, frames):
     """What each query finds in its own tile: output and log-sum-exp as `attention_forward` takes them."""
     size = setting.size
-    out, lse = xla.forward(*_own_tiles(options, inputs, setting.frames))
+    out, lse = xla.forward(*_own_tiles(options, inputs, frames))
     out = jnp.moveaxis(out.reshape(-1, size.batch, size.num_heads, *out.shape[-2:]), (0, 2), (1, 3))
     out = out.reshape(size.batch, -1, *out.shape[3:])  # [B, T, N, Hv]
     lse = LOG2E * _by_head(lse, size)
@@ -141,16 +132,45 @@ def _own_attention(options, inputs, setting):
     return layout.key_tiles(out), lse
 
 
+def _linear_stage(options, inputs):
+    """(q, k, w, beta) -> Frames, as array code."""
+    return functools.partial(xla_operation.linear_stage, _tile_settings(options)), inputs[:2] + inputs[3:5]
+
+
+def _tiles(inputs, frames):
+    """Queries and keys as the kernels of the quadratic stage take them; with the tree their versions."""
+    if frames is None:
+        return layout.query_tiles(inputs.q, inputs), layout.key_tiles(inputs.k)
+    return layout.version_tiles(frames.query), layout.version_tiles(frames.key)
+
+
+def _forward_operands(kernels, options, inputs, setting):
+    """q, k and `partial` of `attention_forward`."""
+    size, (q, k, v, w, beta, *_) = setting.size, inputs
+    if not size.tree:
+        return *_tiles(inputs, None), None
+    if kernels.tile_forward is None or w.dtype != q.dtype:
+        stage, arguments = _linear_stage(options, inputs)
+        frames = stage(*arguments)
+        return *_tiles(inputs, frames), _own_attention(options, inputs, setting, frames)
+    operands = (layout.key_tiles(x) for x in (q, k, v, w))
+    beta = layout.rows_of_heads(beta.astype(jnp.float32))
+    q, k, transition, *partial = kernels.tile_forward(*operands, beta, setting.inside, setting.ids, size)
+    if size.num_keys > 1:
+        products = tree.nodes(transition, size)
+        q, k = (kernels.lift_forward(x, products, size, keys=keys) for x, keys in ((q, False), (k, True)))
+    return q, k, partial
+
+
 def _forward(kernels, options, inputs):
-    setting = _setting(options, inputs, differentiate=False)
-    size, partial = setting.size, None
-    if size.tree:
-        partial = _own_attention(options, inputs, setting)
+    setting, kernels = _setting(options, inputs), kernels()
+    size = setting.size
+    q, k, partial = _forward_operands(kernels, options, inputs, setting)
     if size.tree and size.num_keys == 1:
         out, lse = partial[0].astype(inputs.v.dtype), partial[1]
     else:
-        out, lse = kernels().attention_forward(
-            setting.q, setting.k, setting.v, _query_gate(setting), setting.ids, setting.first_key, partial, size
+        out, lse = kernels.attention_forward(
+            q, k, setting.v, _query_gate(setting), setting.ids, setting.first_key, partial, size
         )
     is_empty = lse <= LEAST
     lse = lse / LOG2E if setting.inside is None else (lse + setting.inside[:, :, size.offset :]) / LOG2E
@@ -187,7 +207,11 @@ def _key_gate(setting):
 
 def _backward(kernels, options, inputs, out, lse, kept, dout, dlse):
     del kept  # recomputes the linear stage
-    setting = _setting(options, inputs, differentiate=True)
+    setting, kernels = _setting(options, inputs), kernels()
+    frames = None
+    if setting.size.tree:
+        stage, arguments = _linear_stage(options, inputs)
+        frames, linear_vjp = jax.vjp(stage, *arguments)
     size, (q, k, v), log_forget = setting.size, inputs[:3], inputs.log_forget
     before = layout.front(inputs)
     rows = lambda x: layout.rows_of_heads(x.swapaxes(1, 2), before)  # [B, N, T] -> [B, N, query tiles, 128]
@@ -199,27 +223,26 @@ def _backward(kernels, options, inputs, out, lse, kept, dout, dlse):
     if setting.inside is not None:
         base2_lse = base2_lse - setting.inside[:, :, size.offset :]
     dout_tiles = layout.query_tiles(dout.astype(v.dtype), inputs)
-    arguments = setting.q, setting.k, setting.v, dout_tiles
+    arguments = *_tiles(inputs, frames), setting.v, dout_tiles
     if size.tree and size.num_keys == 1:
         dq, dk, dv = (jnp.zeros_like(x) for x in arguments[:3])
         row_sums = column_sums = jnp.zeros(delta.shape, jnp.float32)
     else:
-        dq, row_sums = kernels().query_gradient(
+        dq, row_sums = kernels.query_gradient(
             *arguments, base2_lse, delta, _query_gate(setting), setting.ids, setting.first_key, size
         )
         table = schedule.query_rows(size.num_queries, size.num_keys, size.tree, size.window).table
         row_sums = jnp.zeros(delta.shape, jnp.float32).at[:, :, table[:, 1]].add(row_sums)
-        dk, dv, column_sums = kernels().key_gradient(
+        dk, dv, column_sums = kernels.key_gradient(
             *arguments, _vectors(setting, base2_lse, delta), _key_gate(setting), setting.ids, _last_query(setting), size
         )
     dv = layout.from_tiles(dv, size.batch, 0, v.shape[1], size.num_kv_heads, v.shape[3])
     dw = dbeta = dlog_forget = None
     if size.tree:
-        dlocal, dv_own, dgate_own = _own_gradient(options, inputs, setting, natural_lse, delta, dout_tiles)
+        dlocal, dv_own, dgate_own = _own_gradient(options, inputs, setting, frames, natural_lse, delta, dout_tiles)
         dv = (dv.astype(jnp.float32) + dv_own).astype(v.dtype)
-        frames = setting.frames
         dframes = Frames(layout.from_version_tiles(dq, frames.query), layout.from_version_tiles(dk, frames.key), dlocal)
-        dq, dk, dw, dbeta = setting.linear_vjp(dframes)
+        dq, dk, dw, dbeta = linear_vjp(dframes)
     else:
         dq = layout.from_tiles(dq, size.batch, before, q.shape[1], size.num_heads, q.shape[3])
         dk = layout.from_tiles(dk, size.batch, 0, k.shape[1], size.num_kv_heads, k.shape[3])
@@ -255,10 +278,10 @@ def _last_query(setting):
     return jnp.where(needs, jnp.arange(size.num_queries), -1).max(-1).astype(jnp.int32)
 
 
-def _own_gradient(options, inputs, setting, lse, delta, dout):
+def _own_gradient(options, inputs, setting, frames, lse, delta, dout):
     """Cotangents of the tiles' own logits, of v and of log_forget from what queries find in their own tile."""
     size, (_, _, v, _, _, log_forget, _) = setting.size, inputs
-    operands, settings = _own_tiles(options, inputs, setting.frames)
+    operands, settings = _own_tiles(options, inputs, frames)
     tokens = size.num_keys * TILE
     dout = layout.from_tiles(dout, size.batch, 0, tokens, size.num_heads, v.shape[3])
     dout = group_heads(to_tiles(dout, TILE), size.num_kv_heads)

@@ -122,3 +122,8 @@ def accumulate(interpret, *terms):
 def interpret_mode(mode):
     """`interpret` of Pallas' GPU kernels, for a value of `pallas_kernels.interpret`."""
     return plgpu.InterpretGPUParams() if mode is True else mode or None
+
+
+def compiler_params():
+    """Of all kernels; approx_math: exp2 is the hardware's."""
+    return plgpu.CompilerParams(approx_math=True)
