@@ -11,22 +11,21 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.blockwise import pages, reference, xla_operation
-from pallas_kernels.blockwise.gpu import devices, mosaic, self_test
+from pallas_kernels.blockwise.gpu import devices, mosaic, self_test, triton
 from pallas_kernels.blockwise.tpu import decode as tpu_decode
 from pallas_kernels.blockwise.tpu import operation as tpu_operation
 from pallas_kernels.blockwise.tpu import tuning
 from pallas_kernels.call import AttentionCall, Inputs, Options
 
-_OPERATIONS = {"tpu": tpu_operation, "gpu": mosaic, "xla": xla_operation}
+_OPERATIONS = {"tpu": tpu_operation, "gpu": mosaic, "triton": triton, "xla": xla_operation}
 # Platform -> implementations preferred on it, best first; `xla` serves everything else.
-_AUTOMATIC = {"tpu": ("tpu",), "cuda": ("gpu",)}
-_NOT_YET = {"triton": "Triton kernels are not part of this version"}
+_AUTOMATIC = {"tpu": ("tpu",), "cuda": ("gpu", "triton")}
 
 
 def refusals(call: AttentionCall) -> dict[str, str | None]:
     """Per implementation None, or why it cannot serve the call."""
     implementations = {"reference": reference, **_OPERATIONS}
-    return {name: module.refuses(call) for name, module in implementations.items()} | _NOT_YET
+    return {name: module.refuses(call) for name, module in implementations.items()}
 
 
 def explain(op: Callable, *args, **kwargs) -> dict[str, str | None]:

@@ -51,6 +51,8 @@ CONFINED = {
     "flax": ["path_jax"],
     "orbax": ["path_jax.checkpoints"],
     "optax": ["path_jax.training"],
+    "triton": ["pallas_kernels.blockwise.gpu.triton_kernels"],
+    "jax_triton": ["pallas_kernels.blockwise.gpu.triton_call"],
 }
 SOURCES = sorted(
     path

@@ -231,8 +231,7 @@ def _backward(kernels, options, inputs, out, lse, kept, dout, dlse):
         dq, row_sums = kernels.query_gradient(
             *arguments, base2_lse, delta, _query_gate(setting), setting.ids, setting.first_key, size
         )
-        table = schedule.query_rows(size.num_queries, size.num_keys, size.tree, size.window).table
-        row_sums = jnp.zeros(delta.shape, jnp.float32).at[:, :, table[:, 1]].add(row_sums)
+        row_sums = _over_rows(row_sums, schedule.query_rows(size.num_queries, size.num_keys, size.tree, size.window))
         dk, dv, column_sums = kernels.key_gradient(
             *arguments, _vectors(setting, base2_lse, delta), _key_gate(setting), setting.ids, _last_query(setting), size
         )
@@ -256,6 +255,13 @@ def _backward(kernels, options, inputs, out, lse, kept, dout, dlse):
             dlog_forget += dgate_own
         dlog_forget = dlog_forget.astype(log_forget.dtype)
     return Inputs(dq, dk, dv, dw, dbeta, dlog_forget, None)
+
+
+def _over_rows(x, rows):
+    """[B, N, rows, 128] -> [B, N, tiles, 128], summed over the rows of a tile in their order, unlike by a scatter."""
+    row = rows.starts[:-1, None] + np.arange(np.diff(rows.starts).max())
+    is_there = row < rows.starts[1:, None]
+    return jnp.where(is_there[..., None], x[:, :, np.where(is_there, row, 0)], 0).sum(3)
 
 
 def _vectors(setting, lse, delta):

@@ -12,10 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.blockwise import xla_operation
-from pallas_kernels.blockwise.gpu import devices, mosaic
+from pallas_kernels.blockwise.gpu import devices, mosaic, triton
 from pallas_kernels.call import Inputs, make_call
 
-_MODULES = {"gpu": mosaic}
+_MODULES = {"gpu": mosaic, "triton": triton}
 _TOLERANCE = 2e-2  # of the largest number; bfloat16 kernels stay below 5e-3
 
 
