@@ -61,7 +61,11 @@ SLOW_FAST_CASES = {
 
 
 def assert_accurate(op, shape, options, dtype, implementation="gpu", w_dtype="float32"):
-    """Within the tolerance of 16-bit inputs, and at most 1.25 times as far off as `xla` on the same."""
+    """Within the tolerance of 16-bit inputs, and at most 1.25 times as far off as `xla` on the same.
+
+    With 16-bit directions that holds for the output; gradients of versions are rounded once per level, which `xla` does
+    in float32.
+    """
     inputs = random_inputs(0, **shape)
     actual, desired = compare(op, inputs, dtype, implementation=implementation, w_dtype=w_dtype, **options)
     peer, _ = compare(op, inputs, dtype, implementation="xla", w_dtype=w_dtype, **options)
@@ -71,7 +75,8 @@ def assert_accurate(op, shape, options, dtype, implementation="gpu", w_dtype="fl
     assert out <= min(TOLERANCE["bfloat16"]["output"], 1.25 * peer_out)
     for name, error in gradients.items():
         assert error <= TOLERANCE["bfloat16"]["gradient"], name
-        assert error <= 1.25 * peer_gradients[name], (name, error, peer_gradients[name])
+        most = 1.25 if w_dtype == "float32" else 2.5
+        assert error <= most * peer_gradients[name], (name, error, peer_gradients[name])
 
 
 @needs_interpreter

@@ -22,11 +22,11 @@ def refuses(call: AttentionCall) -> str | None:
 
 
 def _kernels():
-    from pallas_kernels.blockwise.gpu import backward, forward, lift, tile_forward
+    from pallas_kernels.blockwise.gpu import backward, block_backward, forward, lift, lift_backward, tile_forward
 
     return operation.Kernels(
-        forward.attention_forward, backward.query_gradient, backward.key_gradient,
-        tile_forward.tile_forward, lift.lift_forward,
+        forward.attention_forward, backward.query_gradient, backward.key_gradient, tile_forward.tile_forward,
+        lift.lift_forward, lift_backward.lift_backward, lift_backward.node_gradient, block_backward.block_backward,
     )  # fmt: skip
 
 

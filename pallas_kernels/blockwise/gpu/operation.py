@@ -1,8 +1,8 @@
 """One call on an NVIDIA GPU: the linear stage as array code or kernels, the quadratic stage as kernels of one's choice.
 
 With the frame tree the quadratic stage sees what lies between tiles of 128 tokens; what a tile's queries find in their
-own tile belongs to the linear stage. Kernels do the latter's forward pass where the directions w have the dtype of q, k
-and v, in the precision of that dtype; its backward pass, and both for float32 directions, are float32 array code.
+own tile belongs to the linear stage. Kernels do the latter where the directions w have the dtype of q, k and v, and
+round to that dtype what leaves them; for float32 directions it is float32 array code.
 """
 
 import functools
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.blockwise import xla, xla_operation
-from pallas_kernels.blockwise.gpu import layout, schedule, tree
+from pallas_kernels.blockwise.gpu import layout, linear, schedule
 from pallas_kernels.blockwise.gpu.layout import LEAST, LOG2E, TILE, Geometry
 from pallas_kernels.call import AttentionCall, Inputs, Options
 from pallas_kernels.householder import Frames, from_tiles, group_heads, to_tiles
@@ -22,13 +22,16 @@ from pallas_kernels.partition import run_backward, run_forward
 
 
 class Kernels(NamedTuple):
-    """See the functions of these names in `forward`, `backward`, `tile_forward` and `lift`."""
+    """See the functions of these names. Without those of the linear stage it is array code."""
 
     attention_forward: Callable
     query_gradient: Callable
     key_gradient: Callable
-    tile_forward: Callable | None = None  # without: the linear stage as array code
+    tile_forward: Callable | None = None
     lift_forward: Callable | None = None
+    lift_backward: Callable | None = None
+    node_gradient: Callable | None = None
+    block_backward: Callable | None = None
 
 
 def refuses(call: AttentionCall) -> str | None:
@@ -146,20 +149,19 @@ def _tiles(inputs, frames):
 
 def _forward_operands(kernels, options, inputs, setting):
     """q, k and `partial` of `attention_forward`."""
-    size, (q, k, v, w, beta, *_) = setting.size, inputs
-    if not size.tree:
+    if not setting.size.tree:
         return *_tiles(inputs, None), None
-    if kernels.tile_forward is None or w.dtype != q.dtype:
+    if not _is_fast(kernels, inputs):
         stage, arguments = _linear_stage(options, inputs)
         frames = stage(*arguments)
         return *_tiles(inputs, frames), _own_attention(options, inputs, setting, frames)
-    operands = (layout.key_tiles(x) for x in (q, k, v, w))
-    beta = layout.rows_of_heads(beta.astype(jnp.float32))
-    q, k, transition, *partial = kernels.tile_forward(*operands, beta, setting.inside, setting.ids, size)
-    if size.num_keys > 1:
-        products = tree.nodes(transition, size)
-        q, k = (kernels.lift_forward(x, products, size, keys=keys) for x, keys in ((q, False), (k, True)))
-    return q, k, partial
+    versions, partial = linear.run_tiles(kernels, inputs, setting.inside, setting.ids, setting.size)
+    return versions.q, versions.k, partial
+
+
+def _is_fast(kernels, inputs):
+    """Whether kernels do the linear stage."""
+    return inputs.w is not None and kernels.tile_forward is not None and inputs.w.dtype == inputs.q.dtype
 
 
 def _forward(kernels, options, inputs):
@@ -208,10 +210,6 @@ def _key_gate(setting):
 def _backward(kernels, options, inputs, out, lse, kept, dout, dlse):
     del kept  # recomputes the linear stage
     setting, kernels = _setting(options, inputs), kernels()
-    frames = None
-    if setting.size.tree:
-        stage, arguments = _linear_stage(options, inputs)
-        frames, linear_vjp = jax.vjp(stage, *arguments)
     size, (q, k, v), log_forget = setting.size, inputs[:3], inputs.log_forget
     before = layout.front(inputs)
     rows = lambda x: layout.rows_of_heads(x.swapaxes(1, 2), before)  # [B, N, T] -> [B, N, query tiles, 128]
@@ -223,9 +221,19 @@ def _backward(kernels, options, inputs, out, lse, kept, dout, dlse):
     if setting.inside is not None:
         base2_lse = base2_lse - setting.inside[:, :, size.offset :]
     dout_tiles = layout.query_tiles(dout.astype(v.dtype), inputs)
-    arguments = *_tiles(inputs, frames), setting.v, dout_tiles
+    is_fast, frames = _is_fast(kernels, inputs), None
+    if is_fast:
+        cotangents = dout_tiles, base2_lse, delta
+        versions, (kept,) = linear.run_tiles(kernels, inputs, setting.inside, setting.ids, size, cotangents)
+        arguments = versions.q, versions.k, setting.v, dout_tiles
+    else:
+        if size.tree:
+            stage, linear_arguments = _linear_stage(options, inputs)
+            frames, linear_vjp = jax.vjp(stage, *linear_arguments)
+        arguments = *_tiles(inputs, frames), setting.v, dout_tiles
     if size.tree and size.num_keys == 1:
-        dq, dk, dv = (jnp.zeros_like(x) for x in arguments[:3])
+        dq, dk = (x if x is None else jnp.zeros_like(x) for x in arguments[:2])
+        dv = jnp.zeros_like(setting.v)
         row_sums = column_sums = jnp.zeros(delta.shape, jnp.float32)
     else:
         dq, row_sums = kernels.query_gradient(
@@ -235,9 +243,15 @@ def _backward(kernels, options, inputs, out, lse, kept, dout, dlse):
         dk, dv, column_sums = kernels.key_gradient(
             *arguments, _vectors(setting, base2_lse, delta), _key_gate(setting), setting.ids, _last_query(setting), size
         )
+    if is_fast:
+        found = linear.gradient(kernels, inputs, versions, kept, dq, dk, size, options.scale)
+        dv = (dv.astype(jnp.float32) + found.v).astype(v.dtype)
+        row_sums, column_sums = row_sums + found.row_sums, column_sums + found.column_sums
     dv = layout.from_tiles(dv, size.batch, 0, v.shape[1], size.num_kv_heads, v.shape[3])
     dw = dbeta = dlog_forget = None
-    if size.tree:
+    if is_fast:
+        dq, dk, dw, dbeta = found[:4]
+    elif size.tree:
         dlocal, dv_own, dgate_own = _own_gradient(options, inputs, setting, frames, natural_lse, delta, dout_tiles)
         dv = (dv.astype(jnp.float32) + dv_own).astype(v.dtype)
         dframes = Frames(layout.from_version_tiles(dq, frames.query), layout.from_version_tiles(dk, frames.key), dlocal)
@@ -251,7 +265,7 @@ def _backward(kernels, options, inputs, out, lse, kept, dout, dlse):
         dcumulative = dcumulative.reshape(size.batch, size.num_heads, -1)
         dlog_forget = options.gate_scale * jax.lax.cumsum(dcumulative, axis=2, reverse=True)
         dlog_forget = dlog_forget[:, :, : k.shape[1]].swapaxes(1, 2)
-        if size.tree:
+        if size.tree and not is_fast:
             dlog_forget += dgate_own
         dlog_forget = dlog_forget.astype(log_forget.dtype)
     return Inputs(dq, dk, dv, dw, dbeta, dlog_forget, None)

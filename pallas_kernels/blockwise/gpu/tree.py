@@ -33,6 +33,13 @@ def chains(num_tiles: int, keys: bool) -> tuple[np.ndarray, np.ndarray]:
     return rows, np.cumsum([0, *map(len, found)]).astype(np.int32)
 
 
+def einsum(size: Geometry, equation: str, *operands):
+    """Float32 result of 16-bit operands. CPUs, where kernels are interpreted, have no such product for all shapes."""
+    if size.interpret:
+        operands = [x.astype(jnp.float32) for x in operands]
+    return jnp.einsum(equation, *operands, preferred_element_type=jnp.float32)
+
+
 def nodes(transition, size: Geometry):
     """Products over the segments of the tree, [nodes B, K H, H]: all tiles, then all pairs, fours, ...
 
@@ -46,6 +53,5 @@ def nodes(transition, size: Geometry):
     for _ in frame_tree_levels(size.num_keys):
         levels.append(level)
         full = len(level) // 2 * 2
-        product = functools.partial(jnp.einsum, "nbkij,nbkjh->nbkih", preferred_element_type=jnp.float32)
-        level = product(level[1:full:2], level[:full:2]).astype(transition.dtype)
+        level = einsum(size, "nbkij,nbkjh->nbkih", level[1:full:2], level[:full:2]).astype(transition.dtype)
     return jnp.concatenate(levels).reshape(-1, size.num_kv_heads * head_dim, head_dim)
