@@ -31,11 +31,9 @@ from pallas_kernels.blockwise.gpu.primitives import (
     along,
     compiler_params,
     full,
-    hide,
     int32,
     interpret_mode,
     load,
-    no_padding,
     places,
     swizzled,
 )
@@ -51,6 +49,19 @@ class Kept(NamedTuple):
     inverse: jax.Array  # X as hi, lo [B tiles, 2, K, 2, 64, 64]
     dlogits: jax.Array  # of the logits S of each block, and of block 1 with 0 [B tiles, 3, N, 64, 64]
     dv: jax.Array  # float32, by query head [B tiles, 128, N Hv]
+
+
+def _hidden(segment_ids):
+    """MASKED where a query does not see a key, else 0: of the blocks of each tile, and of block 1 with 0.
+
+    Float32 [B tiles, 3, 64, 64]. There is no shared memory for the documents, and Mosaic cannot infer the layouts of
+    comparisons of what comes from global memory.
+    """
+    ids = segment_ids.reshape(-1, TILE)
+    sees = (ids[:, :, None] == ids[:, None, :]) & (ids[:, :, None] > 0)
+    first, second = slice(0, HALF), slice(HALF, TILE)
+    parts = [sees[:, rows, columns] for rows, columns in ((first, first), (second, second), (second, first))]
+    return jnp.where(jnp.stack(parts, 1), 0.0, MASKED)
 
 
 def tile_forward(q, k, v, w, beta, inside, segment_ids, size: Geometry, cotangents=None):
@@ -71,12 +82,12 @@ def tile_forward(q, k, v, w, beta, inside, segment_ids, size: Geometry, cotangen
       nothing; with them `Kept`, the gradient of logits without the factor `scale` and in q's dtype like all but dv.
     """
     group = size.num_heads // size.num_kv_heads
-    has_gate, has_ids, forward = inside is not None, segment_ids is not None, cotangents is None
+    has_gate, forward = inside is not None, cotangents is None
     head_dim, v_head_dim = size.head_dim, size.v_head_dim
     square = (HALF, HALF)
     operands = dict(q=q, k=k, v=v, w=w, beta=beta)
     operands |= dict(inside=inside) if has_gate else {}
-    operands |= dict(ids=segment_ids) if has_ids else {}
+    operands |= dict(hidden=_hidden(segment_ids)) if segment_ids is not None else {}
     operands |= {} if forward else dict(zip(("dout", "lse", "delta"), cotangents))
     names = tuple(operands)
     borrows = head_dim == 128  # the values of a block take the place of w or z, which are done by then
@@ -231,19 +242,17 @@ def tile_forward(q, k, v, w, beta, inside, segment_ids, size: Geometry, cotangen
             place = transition.at[index, pl.ds(kv_head * head_dim + warpgroup * HALF, HALF)]
             plgpu.store(place, total.astype(q.dtype), optimized=False)
 
-        def logits(raw, keys, keep):
+        def logits(raw, part, keys, keep):
             raw = raw * size.logit_scale
             if has_gate:
                 raw = raw - along(near("inside", (batch, head, tile), keys, COLUMNS), 1, raw)
-            ids = None
-            if has_ids:
-                query_ids = no_padding(near("ids", (batch, tile), block, ROWS))
-                ids = along(query_ids, 0, raw), along(near("ids", (batch, tile), keys, COLUMNS), 1, raw)
-            return hide(jnp.where(keep, raw, MASKED), MASKED, None, None, ids)
+            if "hidden" in hbm:
+                raw = raw + load(hbm["hidden"].at[index, part], MATRIX, optimized=False)
+            return jnp.where(keep, raw, MASKED)
 
         first = pl.ds(0, HALF)
-        own = logits(own, block, row >= column)
-        across = logits(across, first, row + warpgroup * TILE >= TILE)  # the first block has no other before it
+        own = logits(own, warpgroup, block, row >= column)
+        across = logits(across, 2, first, row + warpgroup * TILE >= TILE)  # the first block has no other before it
 
         def attend():
             out_hbm, lse_hbm = results
