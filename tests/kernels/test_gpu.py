@@ -4,7 +4,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from kernels.recurrence import TOLERANCE, random_inputs, relative_error
+from kernels.recurrence import (
+    GOLDEN,
+    TOLERANCE,
+    random_inputs,
+    relative_error,
+    run_with_gradients,
+    segment_ids_of,
+    with_implementation,
+)
 from kernels.test_tpu import DOCUMENTS, compare, parameters
 
 import pallas_kernels
@@ -95,6 +103,35 @@ def test_16_bit_directions(op, shape, options):
     """Then kernels do the linear stage too."""
     with pallas_kernels.interpret():
         assert_accurate(op, shape, options, "bfloat16", w_dtype="bfloat16")
+
+
+@needs_interpreter
+@pytest.mark.slow
+@pytest.mark.parametrize("path", sorted(GOLDEN.glob("*.npz")), ids=lambda path: path.stem)
+def test_golden(path):
+    """Outputs and gradients of the public PyTorch code in float64, from inputs rounded to float16."""
+    golden = np.load(path)
+    op = path_attention if path.stem.startswith("path") else forgetting_attention
+    names = {"q": "q", "k": "k", "v": "v", "w": "w", "beta": "beta", "log_forget": "g"}
+    options = {"scale": float(golden["scale"])}
+    if op is path_attention:
+        options["gate_scale"] = options["scale"]
+    if "window_size" in golden:
+        options["window"] = int(golden["window_size"])
+    inputs = {ours: golden[theirs] for ours, theirs in names.items() if theirs in golden}
+    inputs = {name: jnp.asarray(x, "float16" if name in "qkv" else "float32") for name, x in inputs.items()}
+    batch, length, heads, _ = inputs["q"].shape
+    cotangents = jnp.asarray(golden["do"], "float16"), jnp.zeros((batch, heads, length), "float32")
+    segment_ids = segment_ids_of(golden["cu_seqlens"]) if "cu_seqlens" in golden else None
+    with pallas_kernels.interpret():
+        (out, _), gradients = run_with_gradients(
+            op, inputs, cotangents, segment_ids, with_implementation("gpu", **options)
+        )
+    assert relative_error(out, golden["o_f64"]) <= TOLERANCE["bfloat16"]["output"]
+    for name, gradient in gradients.items():
+        desired = golden[f"d{names[name]}_f64"]
+        error = relative_error(gradient, desired) if desired.any() else np.abs(gradient).max()
+        assert error <= TOLERANCE["bfloat16"]["gradient"], name
 
 
 @needs_interpreter
