@@ -4,6 +4,7 @@ import atexit
 import os
 import shutil
 import tempfile
+from pathlib import Path
 
 import pytest
 
@@ -28,4 +29,6 @@ install_import_hook(["pallas_kernels"], "beartype.beartype")
 def _forget_programs():
     """Every compiled program holds memory maps, of which Linux allows a process 65,530; beyond, compilation crashes."""
     yield
-    jax.clear_caches()
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > 30_000:
+        jax.clear_caches()
