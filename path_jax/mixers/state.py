@@ -1,4 +1,4 @@
-"""What an attention mixer keeps between calls when it decodes."""
+"""What mixers keep between calls when they decode: attention mixers a cache, the others arrays of a fixed size."""
 
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -23,6 +23,14 @@ class State(NamedTuple):
         return self.attention.length
 
 
+class RecurrentState(NamedTuple):
+    """One layer's state where no attention cache is kept; row b of every array belongs to row b of the batch."""
+
+    length: Int[Array, "B"]  # tokens seen
+    history: Mapping[str, Array]  # name of a short convolution or shift: its last inputs [B, W, ...]
+    memory: Mapping[str, Array]  # name: what a recurrence carries [B, ...]
+
+
 def init_state(
     batch: int, max_length: int, *, histories: Mapping[str, tuple[int, ...]], dtype, **cache_options
 ) -> State:
@@ -38,7 +46,17 @@ def init_state(
     return State(init_cache(batch, max_length, dtype=dtype, **cache_options), history)
 
 
-def lengths_of(x: Float[Array, "B T D"], state: State | None, segment_ids, lengths) -> Int[Array, "B"] | None:
+def init_recurrent_state(
+    batch: int, *, histories: Mapping[str, tuple[int, ...]], memories: Mapping[str, tuple[int, ...]], dtype
+) -> RecurrentState:
+    """State before the first token: zeros; histories [B, W, ...] in `dtype`, memories [B, ...] in float32 at least."""
+    dtype = jnp.dtype(jnp.float32 if dtype is None else dtype)
+    zeros = lambda shapes, dtype: {name: jnp.zeros((batch, *shape), dtype) for name, shape in shapes.items()}
+    wide = jnp.promote_types(dtype, jnp.float32)
+    return RecurrentState(jnp.zeros(batch, jnp.int32), zeros(histories, dtype), zeros(memories, wide))
+
+
+def lengths_of(x: Float[Array, "B T D"], state: State | RecurrentState | None, segment_ids, lengths) -> Int[Array, "B"] | None:
     """How many of each row's tokens a call with a state appends: `lengths`, or all; None for a call without one.
 
     Raises:
@@ -57,7 +75,13 @@ class StatePages:
     """`pallas_kernels.PagePool` for a whole state: histories follow their rows. Errors are those of the pool."""
 
     def __init__(self, state: State):
-        """For a state without tokens whose cache has `num_pages`."""
+        """For a state without tokens whose cache has `num_pages`.
+
+        Raises:
+          ValueError: for a mixer that keeps no pages.
+        """
+        if isinstance(state, RecurrentState):
+            raise ValueError("this mixer keeps a state of a fixed size and has no pages to share")
         self._pool = PagePool(state.attention)
 
     @property

@@ -81,21 +81,26 @@ class ModelConfig:
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}")
         fill("mlp_dim", self.mlp_dim or -(-self.embed_dim * 8 // 3 // 256) * 256)
+        if self.num_kv_heads != self.num_heads and "num_kv_heads" not in self._mixer_fields():
+            raise ValueError(f"the mixer {self.mixer} has no key heads to share: num_kv_heads={self.num_kv_heads}")
         # Hashable, and the same whether written in Python or read back from JSON.
         options = {key: tuple(x) if isinstance(x, list) else x for key, x in self.mixer_options.items()}
         fill("mixer_options", FrozenDict(options))
 
+    def _mixer_fields(self) -> set[str]:
+        mixer = MIXERS[self.mixer]
+        return {field.name for field in dataclasses.fields(getattr(mixer, "func", mixer))}
+
     def make_mixer(self, name: str | None = None) -> nn.Module:
         """The mixer of one layer; its fields are the options with their defaults filled in."""
-        return MIXERS[self.mixer](
-            name=name,
+        given = dict(
             num_heads=self.num_heads,
             num_kv_heads=self.num_kv_heads,
             head_dim=self.head_dim,
-            dtype=jnp.dtype(self.dtype),
             implementation=self.implementation,
-            **self.mixer_options,
         )
+        given = {name: value for name, value in given.items() if name in self._mixer_fields()}
+        return MIXERS[self.mixer](name=name, dtype=jnp.dtype(self.dtype), **given, **self.mixer_options)
 
     def train_flops_per_token(self, num_parameters: int, length: int) -> float:
         """Model FLOPs of a training step per token, with causal accounting.
