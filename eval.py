@@ -33,6 +33,8 @@ _OPTIONS = flags.DEFINE_string("options", "{}", 'JSON that overrides options: {"
 def _load_corpus(data: DataConfig, names) -> Corpus:
     if not _DATA.value:
         return make_corpus(data)
+    if data.source == "task":
+        raise ValueError(f"the run was trained on the task {data.task}, which --data={_DATA.value} cannot replace")
     is_tokens = data.source == "tokens"
     heldout = token_file_documents(_DATA.value, data.bos_id) if is_tokens else file_documents(_DATA.value)
     # The run's own text may be gone by now, and only the byte model learns from it.

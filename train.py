@@ -14,9 +14,8 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 from rich.console import Console
 
-from path_jax.evaluation import run_report, runner
-from path_jax.training import loop
-from path_jax.training.experiment import make_experiment
+from path_jax.evaluation import run_report
+from path_jax.run import train_and_report
 
 _START = time.perf_counter()
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration file, e.g. configs/lm_path.py:size=debug")
@@ -39,23 +38,9 @@ def main(argv):
         sys.exit(f"unexpected arguments {argv[1:]}; settings are given as --config.section.key=value")
     logging.set_verbosity(logging.WARNING)  # Orbax writes a screenful of INFO per checkpoint
     try:
-        experiment = make_experiment(_CONFIG.value.to_dict())
-        config, model, corpus = experiment.config, experiment.model, experiment.corpus
-        evaluators = runner.make_evaluators(config["evals"], model, corpus, experiment.data.sequence_length)
-        result = loop.run(experiment, _WORKDIR.value, evaluators)
-        if result.interrupted:
-            print(
-                f"stopped at step {result.step}, saved in {result.checkpoint}; the same command resumes",
-                file=sys.stderr,
-            )
-            return
-        announce = lambda name: print(f"evaluating {name}", file=sys.stderr, flush=True)
-        results = runner.run(evaluators, result.params, on_progress=announce)
-        summary = run_report.finish(
-            Path(_WORKDIR.value), config=config, model=model, params=result.params, records=result.records,
-            results=results, checkpoint=result.checkpoint, start=_START,
-        )  # fmt: skip
-        Console().print(run_report.summary_table(summary))
+        summary = train_and_report(_CONFIG.value.to_dict(), Path(_WORKDIR.value), start=_START)
+        if summary is not None:
+            Console().print(run_report.summary_table(summary))
     except (ValueError, FloatingPointError, NotImplementedError, ImportError, OSError) as error:
         sys.exit(f"train.py: {' '.join(str(error).split())}")
 

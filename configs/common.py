@@ -81,3 +81,37 @@ def shrink_for_debug(config: ml_collections.ConfigDict) -> None:
     config.train.update(num_steps=20, save_every=10, loss_chunk=0)
     config.optim.warmup_steps = 2
     config.evals = ml_collections.ConfigDict(dict(perplexity=dict(max_tokens=2000)))
+
+
+# Mixers that the synthetic tasks compare.
+TASK_MIXERS = (
+    "path", "path_fox", "fox", "rope", "nope", "stick_breaking", "deltanet", "mamba", "based", "h3", "hyena",
+    "base_conv",
+)  # fmt: skip
+
+
+def task_config(
+    task: str, options: dict, *, vocab_size: int, length: int, size: tuple[int, int, int], mixer: str,
+    lr: float, seed: int, num_steps: int, batch_size: int, num_scored: int,
+) -> ml_collections.ConfigDict:  # fmt: skip
+    """A run on a synthetic task; size = (layers, embed_dim, heads). Ends with the evaluator "task" alone."""
+    choose("mixer", mixer, dict.fromkeys(TASK_MIXERS))
+    num_layers, embed_dim, num_heads = size
+    config = ml_collections.ConfigDict()
+    config.model = ml_collections.ConfigDict(
+        dict(
+            vocab_size=vocab_size, num_layers=num_layers, embed_dim=embed_dim, num_heads=num_heads, mixer=mixer,
+            mixer_options={}, scan_layers=False, dtype="float32",
+        )
+    )  # fmt: skip
+    config.data = ml_collections.ConfigDict(
+        dict(source="task", task=task, task_options=options, sequence_length=length, batch_size=batch_size, seed=seed)
+    )
+    config.optim = ml_collections.ConfigDict(
+        dict(lr=lr, init_lr=0.0, end_lr=lr / 30, warmup_steps=max(num_steps // 20, 1), b1=0.9, b2=0.95, eps=1e-8,
+             weight_decay=0.01, clip_norm=1.0)
+    )  # fmt: skip
+    config.mesh = ml_collections.ConfigDict(dict(data=1, fsdp=-1, sequence=1, tensor=1))
+    config.train = ml_collections.ConfigDict(dict(num_steps=num_steps, seed=seed, save_every=1000, keep_checkpoints=1))
+    config.evals = ml_collections.ConfigDict(dict(task=dict(num_scored=num_scored)))
+    return config

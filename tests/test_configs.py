@@ -4,8 +4,10 @@ import math
 
 import pytest
 
-from configs import common, lm_baselines, lm_path
+from configs import common, flip_flop, group_words, lm_baselines, lm_path, recall, tracking
 from path_jax.data import DataConfig
+from path_jax.evaluation.task_accuracy import TaskAccuracy
+from path_jax.mixers import MIXERS
 from path_jax.models import ModelConfig
 from path_jax.models.decoder_lm import count_parameters
 from path_jax.training import loop
@@ -63,3 +65,31 @@ def test_bad_arguments_name_the_choices():
         lm_path.get_config("depth=3")
     with pytest.raises(ValueError, match="mixer=mamba is unknown"):
         lm_baselines.get_config("mixer=mamba")
+
+
+@pytest.mark.parametrize(
+    "module, arguments, sizes",
+    [
+        (flip_flop, "", ("cpu", "paper")),
+        (group_words, "", ("cpu", "paper")),
+        (group_words, "group=z7,layers=2", ("cpu",)),
+        (recall, "back=2", ("cpu", "paper")),
+        (tracking, "task=code_variables", ("cpu",)),
+        (tracking, "task=boxes", ("cpu",)),
+    ],
+)
+def test_task_configurations_fit_their_tasks(module, arguments, sizes):
+    for size in (*sizes, "debug"):
+        config = module.get_config(f"size={size},{arguments}")
+        experiment = make_experiment(config.to_dict())
+        assert experiment.corpus.vocab_size == experiment.model.config.vocab_size
+        options = config.evals.task.to_dict()
+        TaskAccuracy(experiment.model, experiment.corpus.heldout, **options)
+
+
+def test_a_task_trains_two_steps(tmp_path):
+    config = tracking.get_config("size=debug,mixer=nope")
+    config.train.num_steps = 2
+    result = loop.run(make_experiment(config.to_dict()), tmp_path)
+    assert all(math.isfinite(record["loss"]) and 2 < record["loss"] < 4 for record in result.records)
+    assert set(common.TASK_MIXERS) == set(MIXERS)

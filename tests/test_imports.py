@@ -27,6 +27,8 @@ ALLOWED = {
     "path_jax.evaluation.run_report": ["path_jax"],
     "path_jax.nnx": [],
     "path_jax.generate": ["path_jax"],
+    "path_jax.run": ["path_jax"],
+    "path_jax.sweep": ["path_jax"],
     "path_jax.tokenize": ["path_jax"],
     "configs": ["configs"],
     "configs.continued": ["configs", "path_jax.checkpoints"],  # its model is a checkpoint's

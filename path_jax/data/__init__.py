@@ -1,8 +1,10 @@
-"""Text corpora as packed batches: read, split, pack, shuffle, shard, resume."""
+"""Text corpora as packed batches: read, split, pack, shuffle, shard, resume. Synthetic tasks with exact answers."""
 
 from path_jax.data.batch import Batch
+from path_jax.data.examples import Examples, Task, as_text
 from path_jax.data.loader import DataConfig, make_corpus, make_iterator
 from path_jax.data.packing import PackedRows, first_fit_rows
+from path_jax.data.task_stream import TASKS, TaskStream, as_batch, make_task
 from path_jax.data.text import (
     Corpus,
     Document,
@@ -16,18 +18,25 @@ from path_jax.data.text import (
 from path_jax.data.tokenizer import ByteTokenizer, LearnedTokenizer, load_tokenizer, vocabulary_tokenizer
 
 __all__ = [
+    "TASKS",
     "Batch",
     "ByteTokenizer",
     "Corpus",
     "DataConfig",
     "Document",
+    "Examples",
     "LearnedTokenizer",
     "PackedRows",
+    "Task",
+    "TaskStream",
+    "as_batch",
+    "as_text",
     "file_documents",
     "first_fit_rows",
     "load_tokenizer",
     "make_corpus",
     "make_iterator",
+    "make_task",
     "opened_bytes",
     "split_documents",
     "standard_library_documents",

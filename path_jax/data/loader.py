@@ -3,10 +3,13 @@
 In-memory sources give the same global batches for every process count. TFDS sources are
 packed as a stream, so there each process packs its own share of the records and a saved
 position belongs to one process count. Workers are threads; no process pool is offered.
+
+A synthetic task has no text: its examples are made as they are needed and never repeat.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import grain
 import numpy as np
@@ -14,12 +17,14 @@ import numpy as np
 from path_jax.data import text
 from path_jax.data.batch import Batch
 from path_jax.data.packing import PackedRows, first_fit_rows
+from path_jax.data.task_stream import TaskStream, make_task
 from path_jax.data.text import Corpus, Document, LazyDocuments
 from path_jax.data.tokenizer import ByteTokenizer
 
-_SOURCES = ("stdlib", "files", "tokens", "tfds")
+_SOURCES = ("stdlib", "files", "tokens", "tfds", "task")
 _PACKINGS = ("concat", "first_fit")
 _READ_OPTIONS = grain.ReadOptions(num_threads=2, prefetch_buffer_size=16)
+_NUM_TASK_BATCHES = 2**40  # more than anyone trains on
 # Rows that a stream fills at once: more wastes less padding but costs memory.
 _NUM_STREAM_ROWS = 16
 
@@ -30,8 +35,9 @@ class DataConfig:
 
     Attributes:
       source: `stdlib` (this Python's standard library), `files` (bytes of a file or
-        directory), `tokens` (`.npy` ids) or `tfds` (a prepared array_record dataset).
-      path: The file or directory; empty for `stdlib`.
+        directory), `tokens` (`.npy` ids), `tfds` (a prepared array_record dataset) or
+        `task` (a synthetic task).
+      path: The file or directory; empty for `stdlib` and `task`.
       sequence_length: T, at least 1.
       batch_size: Rows of a global batch, over all processes.
       packing: `concat` fills every row; `first_fit` keeps documents whole and pads.
@@ -41,7 +47,9 @@ class DataConfig:
       tfds_split: Split of a TFDS dataset.
       text_key: Text feature of a TFDS dataset.
       bos_id: The id that opens a document; 256 unless `source` is `tokens`.
-      vocab_size: Number of ids; 257 unless `source` is `tokens`.
+      vocab_size: Number of ids; 257 unless `source` is `tokens`. A task has its own.
+      task: A name in `path_jax.data.TASKS`; task_options: its settings but the length,
+        which is `sequence_length`.
     """
 
     source: str = "stdlib"
@@ -55,6 +63,8 @@ class DataConfig:
     text_key: str = "text"
     bos_id: int = 256
     vocab_size: int = 257
+    task: str = ""
+    task_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
         """Raises ValueError for the first field that cannot work."""
@@ -62,7 +72,7 @@ class DataConfig:
             raise ValueError(f"data.source is {self.source!r}; choose one of {_SOURCES}")
         if self.packing not in _PACKINGS:
             raise ValueError(f"data.packing is {self.packing!r}; choose one of {_PACKINGS}")
-        if bool(self.path) == (self.source == "stdlib"):
+        if bool(self.path) == (self.source in ("stdlib", "task")):
             fix = "leave it empty or set data.source" if self.path else "set data.path"
             raise ValueError(f"data.path is {self.path!r} with source {self.source!r}; {fix}")
         for name in ("sequence_length", "batch_size"):
@@ -74,6 +84,14 @@ class DataConfig:
             raise ValueError(f"data.seed is {self.seed}; it must be in [0, 2**32)")
         if not 0 <= self.bos_id < self.vocab_size:
             raise ValueError(f"data.bos_id is {self.bos_id}; it must be in [0, data.vocab_size={self.vocab_size})")
+        if (self.source == "task") != bool(self.task) or (self.task_options and not self.task):
+            raise ValueError(
+                f"data.task is {self.task!r} with data.task_options {dict(self.task_options)} and source "
+                f"{self.source!r}; a task and its options go with source 'task'"
+            )
+        if self.task:
+            make_task(self.task, self.sequence_length, self.task_options)
+            return
         byte_ids = (ByteTokenizer().bos_id, ByteTokenizer().vocab_size)
         if self.source != "tokens" and (self.bos_id, self.vocab_size) != byte_ids:
             raise ValueError(
@@ -95,6 +113,9 @@ def make_corpus(config: DataConfig) -> Corpus:
       FileNotFoundError: The path does not exist.
       ValueError: The source is empty or malformed, or has ids outside the vocabulary.
     """
+    if config.source == "task":
+        task = make_task(config.task, config.sequence_length, config.task_options)
+        return Corpus(TaskStream(task, config.seed), TaskStream(task, config.seed, is_heldout=True), task.vocab_size)
     if config.source == "tfds":
         records = text.tfds_documents(config.path, config.tfds_split, config.text_key)
         if len(records) < 2:
@@ -122,15 +143,15 @@ def make_corpus(config: DataConfig) -> Corpus:
 
 def make_iterator(
     config: DataConfig,
-    documents: Sequence[Document],
+    documents: Sequence[Document] | TaskStream,
     *,
     process_index: int = 0,
     process_count: int = 1,
 ) -> grain.DatasetIterator:
     """Returns an endless iterator of this process's part of each batch.
 
-    Every epoch visits every row once in a new order. Process p holds rows
-    [p b, (p + 1) b) of each global batch, with b = batch_size / process_count.
+    Every epoch visits every row once in a new order; a task has no epochs. Process p holds
+    rows [p b, (p + 1) b) of each global batch, with b = batch_size / process_count.
 
     Args:
       config: The data configuration.
@@ -153,6 +174,12 @@ def make_iterator(
         )
     local_size = config.batch_size // process_count
     shard = slice(process_index, None, process_count)
+    if config.source == "task":
+        numbers = np.arange(process_index * local_size, (process_index + 1) * local_size)
+        batches = grain.MapDataset.range(_NUM_TASK_BATCHES).map(
+            lambda i: documents.batch(config.batch_size * i + numbers)
+        )
+        return iter(batches.to_iter_dataset(_READ_OPTIONS))
     if config.source == "tfds":
         records = grain.MapDataset.source(documents).seed(config.seed).shuffle().repeat()
         rows = _packed_stream(records[shard].to_iter_dataset(_READ_OPTIONS), config)

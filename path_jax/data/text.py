@@ -16,6 +16,7 @@ from typing import SupportsIndex
 
 import numpy as np
 
+from path_jax.data.task_stream import TaskStream
 from path_jax.data.tokenizer import ByteTokenizer
 
 _TOKENIZER = ByteTokenizer()
@@ -45,13 +46,13 @@ class Corpus:
     """The two sides of a corpus; no document name is on both.
 
     Attributes:
-      train: Documents to learn from: a tuple, or a lazy sequence for TFDS.
-      heldout: Documents for evaluation: a tuple, or a lazy sequence for TFDS.
+      train: Documents to learn from: a tuple, or a lazy sequence for TFDS, or a `TaskStream`.
+      heldout: Documents for evaluation: the same.
       vocab_size: Every token is in [0, vocab_size).
     """
 
-    train: Sequence[Document]
-    heldout: Sequence[Document]
+    train: Sequence[Document] | TaskStream
+    heldout: Sequence[Document] | TaskStream
     vocab_size: int
 
 

@@ -189,7 +189,7 @@ def _unit(config: Mapping[str, Any]) -> tuple[str, float]:
 
 
 def _is_bytes(config: Mapping[str, Any]) -> bool:
-    return DataConfig(**config["data"]).source != "tokens"
+    return DataConfig(**config["data"]).source not in ("tokens", "task")
 
 
 def _stage(config: Mapping[str, Any]) -> str:

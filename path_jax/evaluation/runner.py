@@ -10,11 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from path_jax.data import Corpus, Document
+from path_jax.data import Corpus, Document, TaskStream
 from path_jax.evaluation.byte_baselines import gzip_bits_per_byte, order3_bits_per_byte
 from path_jax.evaluation.gates import GateStatistics
 from path_jax.evaluation.length_extrapolation import LossByPosition
 from path_jax.evaluation.perplexity import Perplexity
+from path_jax.evaluation.task_accuracy import TaskAccuracy
 from path_jax.models import DecoderLM
 
 Evaluator = Callable[[Mapping[str, Any]], dict[str, float]]
@@ -67,6 +68,7 @@ EVALUATORS = {
     "length": LossByPosition,
     "gates": GateStatistics,
     "byte_baselines": ByteBaselines,
+    "task": TaskAccuracy,
 }
 
 
@@ -85,7 +87,7 @@ def make_evaluators(
         windows of `sequence_length` at half that stride, length has `sequence_length` as its training length, and gates
         reads `sequence_length` tokens.
       model: The language model.
-      corpus: The text; its train side is used by byte_baselines only.
+      corpus: The text, or the task; its train side is used by byte_baselines only.
       sequence_length: Of training.
       names: Evaluators to build, those of `section` by default. Others in `section` still count: byte_baselines scores
         the bytes of the section's perplexity options, listed here or not.
@@ -103,6 +105,8 @@ def make_evaluators(
 
     def make(name: str) -> Evaluator:
         given = options.get(name, {})
+        if isinstance(corpus.heldout, TaskStream) and name != "task":
+            raise ValueError(f"evaluator {name} reads text, and this run's data is a synthetic task; use task")
         if name == "byte_baselines":
             return ByteBaselines(corpus.train, make("perplexity"), **given)
         window = given.get("window", sequence_length)
@@ -112,7 +116,7 @@ def make_evaluators(
             "gates": {"length": sequence_length},
         }
         try:
-            return EVALUATORS[name](model, corpus.heldout, **(defaults[name] | given))
+            return EVALUATORS[name](model, corpus.heldout, **(defaults.get(name, {}) | given))
         except ValueError as error:
             raise ValueError(f"evaluator {name}: {error}") from error
 

@@ -1,0 +1,134 @@
+r"""Programs that assign, copy and test variables, and print them; each print states its answer in a comment.
+
+    a = 3
+    b = a
+    if b == 3: c = 5
+    print(b) # 3
+
+Rows are tokens, and Python text through `as_text(task.words, tokens)`. The token after `) # ` is scored. A program
+begins by giving every variable a value, in random order; it is cut after `length` tokens, be it within a statement.
+Loops, arithmetic and scopes are not part of it.
+
+Source: after the variable tracking of Hsieh et al., "RULER: what's the real context size of your long-context language
+models?", 2024, with reassignments and conditions, so that a value cannot be found by its name alone.
+"""
+
+import dataclasses
+import string
+
+import numpy as np
+
+from path_jax.data.draws import Draws
+from path_jax.data.examples import Examples, cut_examples
+
+CONSTANT, COPY, CONDITION, PRINT = range(4)
+_FIXED = (" = ", "\n", "if ", " == ", ": ", "print(", ") # ")
+_STATEMENTS = (
+    ("variable", " = ", "constant", "\n"),
+    ("variable", " = ", "other", "\n"),
+    ("if ", "other", " == ", "compared", ": ", "variable", " = ", "constant", "\n"),
+    ("print(", "variable", ") # ", "asked", "\n"),
+)
+_SHORTEST, _LONGEST = min(map(len, _STATEMENTS)), max(map(len, _STATEMENTS))
+MOST_COPIES = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class CodeVariables:
+    """Statements after the first assignments are independent draws; all variables and constants are equally likely.
+
+    A condition states the value its variable has in half of the cases, else any value. The level of a print is the
+    number of copies that the value went through since it was written as a constant, at most 3.
+
+    Args:
+      length: T; at least the first assignments and a print.
+      num_variables: 2 to 26, named a, b, ...
+      num_values: values 0 ... num_values - 1.
+      copies: share of `b = a`; conditions: of `if b == 3: c = 5`; prints: of `print(a) # 3`; the rest is `a = 3`.
+    """
+
+    length: int = 256
+    num_variables: int = 5
+    num_values: int = 10
+    copies: float = 0.35
+    conditions: float = 0.15
+    prints: float = 0.25
+
+    def __post_init__(self):
+        if not 2 <= self.num_variables <= 26:
+            raise ValueError(f"num_variables={self.num_variables} must be in [2, 26]")
+        if self.num_values < 2:
+            raise ValueError(f"num_values={self.num_values} must be at least 2")
+        shares = self.copies, self.conditions, self.prints
+        if min(shares) < 0 or sum(shares) > 1 + 1e-9:
+            raise ValueError(
+                f"copies={self.copies}, conditions={self.conditions} and prints={self.prints} must be at least 0 and "
+                f"together at most 1"
+            )
+        needed = len(_STATEMENTS[CONSTANT]) * self.num_variables + len(_STATEMENTS[PRINT])
+        if self.length < needed:
+            raise ValueError(f"length={self.length} must be at least {needed} for num_variables={self.num_variables}")
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """Variables, values, the rest."""
+        return (*string.ascii_lowercase[: self.num_variables], *map(str, range(self.num_values)), *_FIXED)
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of words."""
+        return self.num_variables + self.num_values + len(_FIXED)
+
+    @property
+    def levels(self) -> tuple[str, ...]:
+        """Numbers of copies."""
+        return "0 copies", "1 copy", "2 copies", "3+ copies"
+
+    def examples(self, seed: int, index: np.ndarray) -> Examples:
+        """See `Task`."""
+        draws, count = Draws(seed, index), -(-self.length // _SHORTEST)
+        # Statements come first, so that a step of the program reads contiguous rows.
+        draw = lambda high: np.ascontiguousarray(draws.integers(high, count).T)
+        bounds = np.cumsum([self.prints, self.conditions, self.copies])
+        chance = np.ascontiguousarray(draws.uniform(count).T)
+        kind = np.select([chance < bound for bound in bounds], [PRINT, CONDITION, COPY], CONSTANT)
+        variable = draw(self.num_variables)
+        other = (variable + 1 + draw(self.num_variables - 1)) % self.num_variables
+        constant, compared = draw(self.num_values), draw(2 * self.num_values)
+        kind[: self.num_variables] = CONSTANT
+        variable[: self.num_variables] = draws.permutations(self.num_variables).T
+
+        num_rows = kind.shape[1]
+        value, copies = np.zeros((2, num_rows * self.num_variables), np.int64)
+        row = self.num_variables * np.arange(num_rows)
+        asked, level = np.zeros_like(variable), np.zeros_like(variable)
+        is_copy, is_condition, is_write = kind == COPY, kind == CONDITION, kind <= COPY
+        for i in range(count):
+            to, source = row + variable[i], row + other[i]
+            asked[i], level[i], read = value[to], copies[to], value[source]
+            compared[i] = np.where(compared[i] < self.num_values, compared[i], read)
+            is_done = is_write[i] | is_condition[i] & (compared[i] == read)
+            value[to] = np.where(is_done, np.where(is_copy[i], read, constant[i]), asked[i])
+            copies[to] = np.where(is_done, np.where(is_copy[i], copies[source] + 1, 0), level[i])
+
+        fields = {"variable": variable, "other": other}
+        values = {"constant": constant, "compared": compared, "asked": asked}
+        fields |= {name: self.num_variables + field for name, field in values.items()}
+        number = {word: i for i, word in enumerate((*self.words, *fields))}
+        templates = np.full((len(_STATEMENTS), _LONGEST), -1, np.int32)
+        for i, statement in enumerate(_STATEMENTS):
+            templates[i, : len(statement)] = [number[word] for word in statement]
+        tokens = templates[kind.T]
+        is_asked = tokens == number[") # "]
+        for name, field in fields.items():
+            tokens = np.where(tokens == number[name], field.T[..., None], tokens)
+        level = np.broadcast_to(np.minimum(level, MOST_COPIES).T[..., None], tokens.shape)
+        flat = lambda x: x.reshape(num_rows, count * _LONGEST)
+        return cut_examples(flat(tokens), flat(is_asked), flat(level), self.length)
+
+    def variants(self) -> dict[str, "CodeVariables"]:
+        """The settings themselves, and two and four times the length."""
+        return {
+            name: dataclasses.replace(self, length=factor * self.length)
+            for name, factor in (("in_distribution", 1), ("length_x2", 2), ("length_x4", 4))
+        }
