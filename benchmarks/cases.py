@@ -184,19 +184,22 @@ def both_directions(op: str, T: int, **arguments) -> Case:
 
 def decode(
     op: str, T: int, H: int = 128, N: int = 8, K: int = 8, B: int = 4, tokens: int = 1, dtype: str = "bfloat16",
-    options: dict | None = None,
+    Hv: int | None = None, implementation: str | None = "tpu", options: dict | None = None,
 ) -> Case:  # fmt: skip
     """A decode step of B rows with room for T tokens each; arguments else as for `attention`."""
     from pallas_kernels import extend, init_cache
 
     path, forget = op != "fox", op != "path"
     cache = jax.eval_shape(
-        lambda: init_cache(B, T, num_heads=N, num_kv_heads=K, head_dim=H, dtype=dtype, path=path, forget=forget)
+        lambda: init_cache(
+            B, T, num_heads=N, num_kv_heads=K, head_dim=H, v_head_dim=Hv, dtype=dtype, path=path, forget=forget
+        )
     )
     array = lambda *shape: jax.ShapeDtypeStruct((B, tokens, *shape), dtype)
-    inputs = {"q": array(N, H), "k": array(K, H), "v": array(K, H)}
+    inputs = {"q": array(N, H), "k": array(K, H), "v": array(K, Hv or H)}
     if path:
         inputs |= {"w": array(K, H), "beta": _float32(B, tokens, K)}
     if forget:
         inputs["log_forget"] = _float32(B, tokens, N)
-    return Case(lambda cache, inputs: extend(cache, **inputs, implementation="tpu", **options or {}), (cache, inputs))
+    step = functools.partial(extend, implementation=implementation, **options or {})
+    return Case(lambda cache, inputs: step(cache, **inputs), (cache, inputs))

@@ -98,7 +98,9 @@ def abstract_mesh(gpu: Gpu):
     device = jax.sharding.AbstractDevice(
         device_kind=gpu.kind, num_cores=None, **({"platform": "cuda"} if has_platform else {})
     )
-    return jax.sharding.AbstractMesh((1,), ("device",), abstract_device=device)
+    # Like programs without a mesh: no axis in the types of arrays.
+    axes = {"axis_types": (jax.sharding.AxisType.Auto,)}
+    return jax.sharding.AbstractMesh((1,), ("device",), **axes, abstract_device=device)
 
 
 def _compile(request: dict) -> dict:

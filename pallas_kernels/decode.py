@@ -49,7 +49,8 @@ def extend(
       q, k, v, w, beta, log_forget, scale, gate_scale, window, prune: as in `path_attention` and `forgetting_attention`;
         the same of them must be given in every call. Closed superchunks that pruning rules out are not read.
       lengths: how many of a row's T tokens are there; the others are padding behind them. All by default.
-      implementation: of the attention to closed superchunks: "xla", "tpu", or None for the best on the platform.
+      implementation: of the attention to closed superchunks: "xla", "tpu", "gpu", "triton", or None for the best on the
+        platform.
 
     Returns:
       o [B, T, N, Hv] in q's dtype, 0 in padding; NaN in rows that have outgrown the cache or have no page to write to.
@@ -57,13 +58,14 @@ def extend(
 
     Raises:
       ValueError: for shapes or values that do not fit each other or the cache.
+      NotImplementedError: when the named implementation cannot read the cache.
     """
     call = make_call(
         q, k, v, w, beta, log_forget,
         segment_ids=None, scale=scale, gate_scale=gate_scale, window=window, prune=prune,
     )  # fmt: skip
     lengths = _check(cache, call.inputs, lengths)
-    dispatch.check_pages(implementation, cache.k.dtype)
+    dispatch.check_pages(implementation, cache.k, cache.v)
     # `make_call` takes a window longer than the call for none.
     window = None if window is None else int(window)
     options = dataclasses.replace(call.options, window=window, interpret=interpreter.active_mode())

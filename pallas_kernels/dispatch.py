@@ -8,7 +8,6 @@ import functools
 from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
 
 from pallas_kernels.blockwise import pages, reference, xla_operation
 from pallas_kernels.blockwise.gpu import devices, mosaic, self_test, triton
@@ -18,6 +17,8 @@ from pallas_kernels.blockwise.tpu import tuning
 from pallas_kernels.call import AttentionCall, Inputs, Options
 
 _OPERATIONS = {"tpu": tpu_operation, "gpu": mosaic, "triton": triton, "xla": xla_operation}
+# The same for the attention of decode steps to pages.
+_PAGES = {"tpu": tpu_decode, "gpu": mosaic, "triton": triton, "xla": pages}
 # Platform -> implementations preferred on it, best first; `xla` serves everything else.
 _AUTOMATIC = {"tpu": ("tpu",), "cuda": ("gpu", "triton")}
 
@@ -44,7 +45,7 @@ def explain(op: Callable, *args, **kwargs) -> dict[str, str | None]:
     kwargs.pop("implementation", None)
     kwargs.pop("return_lse", None)
     reasons = refusals(op.as_call(*args, **kwargs))
-    return {name: reason or _distrusts(name) for name, reason in reasons.items()}
+    return {name: reason or _distrusts(name, self_test.failure) for name, reason in reasons.items()}
 
 
 # Platform -> implementation, `default` for all others; sorted pairs, since it is static under `jax.jit`.
@@ -60,12 +61,7 @@ def choose(call: AttentionCall, implementation: str | None) -> Choice:
     """
     reasons = refusals(call)
     if implementation is None:
-        choice = {"default": "xla"}
-        for platform, names in _AUTOMATIC.items():
-            accepting = (name for name in names if reasons[name] is None and _distrusts(name) is None)
-            if _is_known(platform) and (name := next(accepting, None)):
-                choice[platform] = name
-        return tuple(sorted(choice.items()))
+        return tuple(sorted(_best(reasons, self_test.failure).items()))
     if implementation not in reasons:
         raise ValueError(f"{implementation=} is unknown; choose from {', '.join(sorted(reasons))} or None")
     if reasons[implementation] is not None:
@@ -73,14 +69,24 @@ def choose(call: AttentionCall, implementation: str | None) -> Choice:
     return (("default", implementation),)
 
 
+def _best(reasons, failure):
+    """{platform: the best of the implementations that have no reason to refuse and are trusted}."""
+    choice = {"default": "xla"}
+    for platform, names in _AUTOMATIC.items():
+        accepting = (name for name in names if reasons[name] is None and _distrusts(name, failure) is None)
+        if _is_known(platform) and (name := next(accepting, None)):
+            choice[platform] = name
+    return choice
+
+
 def _is_known(platform):
     """GPUs differ in what they can run: where none is to be expected, a program for one gets `xla`."""
     return platform != "cuda" or devices.compute_capability() is not None
 
 
-def _distrusts(name):
-    """Why an implementation that accepts the call is used only when named, or None."""
-    return self_test.failure(name) if name in _AUTOMATIC["cuda"] else None
+def _distrusts(name, failure):
+    """Why an implementation that accepts the call is used only when named, or None; failure: of `self_test`."""
+    return failure(name) if name in _AUTOMATIC["cuda"] else None
 
 
 def forward(choice: Choice, options: Options, inputs: Inputs):
@@ -117,26 +123,23 @@ def _functions(choice, direction, options):
     return options, {platform: function(name) for platform, name in choice}
 
 
-def check_pages(implementation: str | None, dtype) -> None:
-    """Raises like `choose`, for the attention of decode steps to a cache of `dtype`."""
-    if implementation not in (None, "xla", "tpu"):
-        raise ValueError(f"{implementation=} is unknown; choose from tpu, xla or None")
-    if implementation == "tpu" and not _tpu_reads(dtype):
-        raise NotImplementedError(f"tpu: the cache must be bfloat16 or float32, got {dtype}")
+def check_pages(implementation: str | None, k, v) -> None:
+    """Raises like `choose`, for the attention of decode steps to pools of keys and values [pool, K, S, H]."""
+    if implementation is None:
+        return
+    if implementation not in _PAGES:
+        raise ValueError(f"{implementation=} is unknown; choose from {', '.join(sorted(_PAGES))} or None")
+    if reason := _PAGES[implementation].refuses_pages(k, v):
+        raise NotImplementedError(f"{implementation}: {reason}")
 
 
-def _tpu_reads(dtype):
-    return dtype in (jnp.bfloat16, jnp.float32)
-
-
-def attend_pages(implementation: str | None, *arguments, interpret, **options):
+def attend_pages(implementation: str | None, *arguments, **options):
     """`pages.attend_pages` by the named implementation, or by the best for the platform that is compiled for."""
-    in_xla = functools.partial(pages.attend_pages, **options)
-    if implementation == "xla" or not _tpu_reads(arguments[1].dtype):
-        return in_xla(*arguments)
-    in_kernel = functools.partial(
-        tpu_decode.attend_pages, **options, vmem_limit=tuning.chip().vmem, interpret=interpret
-    )
-    if implementation == "tpu":
-        return in_kernel(*arguments)
-    return jax.lax.platform_dependent(*arguments, tpu=in_kernel, default=in_xla)
+    choice = {"default": implementation or "xla"}
+    if implementation is None:
+        reasons = {name: module.refuses_pages(*arguments[1:3]) for name, module in _PAGES.items()}
+        choice = _best(reasons, self_test.decode_failure)
+    functions = {platform: functools.partial(_PAGES[name].attend_pages, **options) for platform, name in choice.items()}
+    if len(functions) == 1:
+        return functions["default"](*arguments)
+    return jax.lax.platform_dependent(*arguments, **functions)

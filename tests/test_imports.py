@@ -53,7 +53,7 @@ CONFINED = {
     "flax": ["path_jax"],
     "orbax": ["path_jax.checkpoints"],
     "optax": ["path_jax.training"],
-    "triton": ["pallas_kernels.blockwise.gpu.triton_kernels"],
+    "triton": [f"pallas_kernels.blockwise.gpu.{name}" for name in ("triton_kernels", "decode_triton")],
     "jax_triton": ["pallas_kernels.blockwise.gpu.triton_call"],
 }
 SOURCES = sorted(

@@ -25,18 +25,18 @@ class Softmax(NamedTuple):
     def add(self, logits, v):
         """With further keys: logits [B, K, G, t, S], values [B, K, S, Hv]."""
         maximum = jnp.maximum(self.maximum, logits.max(-1))
-        p = jnp.exp(logits - _finite(maximum)[..., None])
+        p = jnp.exp(logits - finite(maximum)[..., None])
         out = jnp.einsum("bkgts,bksh->bkgth", p.astype(v.dtype), v, preferred_element_type=p.dtype)
         return self._plus(maximum, p.sum(-1), out)
 
     def merge(self, out, lse):
         """With keys whose normalised output and log-sum-exp are known; lse may be -inf."""
         maximum = jnp.maximum(self.maximum, lse)
-        total = jnp.exp(lse - _finite(maximum))
+        total = jnp.exp(lse - finite(maximum))
         return self._plus(maximum, total, total[..., None] * out)
 
     def _plus(self, maximum, total, out):
-        decay = jnp.exp(self.maximum - _finite(maximum))
+        decay = jnp.exp(self.maximum - finite(maximum))
         return Softmax(maximum, decay * self.total + total, decay[..., None] * self.out + out)
 
     def result(self):
@@ -45,7 +45,8 @@ class Softmax(NamedTuple):
         return self.out / total[..., None], jnp.where(self.total == 0, -jnp.inf, self.maximum + jnp.log(total))
 
 
-def _finite(maximum):
+def finite(maximum):
+    """What may be subtracted from logits of which it is the maximum: 0 where all are -inf."""
     return jnp.where(jnp.isneginf(maximum), 0, maximum)
 
 
@@ -55,7 +56,22 @@ def logits_of(q, k):
     return jnp.einsum("bkgth,bksh->bkgts", q.astype(k.dtype), k, precision=precision, preferred_element_type=q.dtype)
 
 
-def attend_pages(q, k, v, products, gate, inside, position, pages, needed, *, gate_scale, window):
+def carried(q, product):
+    """Queries [B, K, G, t, H] carried back through superchunks, whose products P are [B, K, H, H]."""
+    return jnp.einsum("bkgth,bkhi->bkgti", q, product, precision=HIGHEST)
+
+
+def num_steps(needed):
+    """Pages up to the last one that any row and key head needs; needed: bool [B, K, P]."""
+    return jnp.max(jnp.where(needed, jnp.arange(needed.shape[2]) + 1, 0))
+
+
+def refuses_pages(k, v) -> None:
+    """No cache is refused."""
+    del k, v
+
+
+def attend_pages(q, k, v, products, gate, inside, position, pages, needed, *, gate_scale, window, interpret=False):
     """Output and log-sum-exp over closed superchunks.
 
     Args:
@@ -69,10 +85,12 @@ def attend_pages(q, k, v, products, gate, inside, position, pages, needed, *, ga
       needed: bool [B, K, P], which of them to attend to.
       gate_scale: factor of the gate.
       window: query i sees keys i - window + 1 ... i; None: all.
+      interpret: of other implementations; nothing is to be interpreted here.
 
     Returns:
       out [B, K, G, t, Hv] and lse [B, K, G, t] in q's dtype; 0 and -inf where nothing is needed.
     """
+    del interpret
     superchunk = k.shape[2]
 
     def visit(i, carry):
@@ -92,11 +110,10 @@ def attend_pages(q, k, v, products, gate, inside, position, pages, needed, *, ga
 
         state = jax.lax.cond(needed[:, :, i].any(), attend, lambda state: state, state)
         if products is not None:
-            q = jnp.einsum("bkgth,bkhi->bkgti", q, products[page], precision=HIGHEST)
+            q = carried(q, products[page])
         if gate is not None:
             between = between + gate[page][..., -1]
         return state, q, between
 
-    num_steps = jnp.max(jnp.where(needed, jnp.arange(pages.shape[1]) + 1, 0))
     state = Softmax.over_nothing(q.shape[:4], v.shape[3], q.dtype)
-    return jax.lax.fori_loop(0, num_steps, visit, (state, q, jnp.zeros(q.shape[:3], q.dtype)))[0].result()
+    return jax.lax.fori_loop(0, num_steps(needed), visit, (state, q, jnp.zeros(q.shape[:3], q.dtype)))[0].result()

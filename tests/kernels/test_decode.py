@@ -91,7 +91,6 @@ def test_pieces_equal_the_whole(kind):
     "kind, width",
     [
         ("path_fox", 1),
-        ("fox, window", 24),
         *(pytest.param(kind, width, marks=pytest.mark.slow) for kind in (*KINDS, "pruned") for width in (1, 24)),
     ],
 )

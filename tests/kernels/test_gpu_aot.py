@@ -55,6 +55,24 @@ def test_compiles_for_hopper(variant):
     assert spills["key_gradient_kernel"] <= 128
 
 
+DECODE_VARIANTS = {
+    "path_fox": {"op": "path_fox", "K": 2},
+    "path": {"op": "path", "N": 2, "K": 2},
+    "fox, window": {"op": "fox", "options": {"window": 3000}},
+    "fox, H 64, 24 tokens": {"op": "fox", "H": 64, "K": 2, "tokens": 24},
+    "path_fox, H 64, Hv 128, prune": {"op": "path_fox", "H": 64, "Hv": 128, "options": {"prune": "auto"}},
+    "path_fox, 16 groups, float16": {"op": "path_fox", "N": 16, "K": 1, "dtype": "float16"},
+}
+
+
+@pytest.mark.parametrize("variant", DECODE_VARIANTS)
+def test_decode_compiles_for_hopper(variant):
+    compiled = compile_case(
+        "benchmarks.cases:decode", "h100", {"T": 16384, "implementation": None} | DECODE_VARIANTS[variant]
+    )
+    assert compiled["kernels"] == {"attend_parts_kernel": {"spill_stores": 0, "spill_loads": 0}}
+
+
 @pytest.mark.parametrize("gpu", [name for name, gpu in GPUS.items() if gpu.capability[0] != 9])
 def test_other_gpus_get_other_kernels(gpu):
     with pytest.raises(RuntimeError, match="Hopper"):

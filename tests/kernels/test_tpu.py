@@ -95,6 +95,7 @@ def test_float32(op, shape, options):
         assert_padding_is_inert(actual, options["segment_ids"])
 
 
+@pytest.mark.slow
 def test_bfloat16():
     """Directions in bfloat16 as well, so that the kernels compute on bfloat16 matrix units throughout."""
     inputs = random_inputs(2, 520, heads=1, kv_heads=1, head_dim=64, gate=0.05)

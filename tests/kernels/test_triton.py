@@ -8,6 +8,7 @@ interpreter multiplies bfloat16 wrongly, hence float16 and float32.
 """
 
 import dataclasses
+import functools
 import importlib.util
 import json
 import os
@@ -23,10 +24,13 @@ import numpy as np
 import pytest
 from kernels.recurrence import TOLERANCE, assert_all_close, random_cotangents, random_inputs, relative_error
 from kernels.test_gpu import CASES, SLOW_CASES
+from kernels.test_gpu_decode import CASES as DECODE_CASES
+from kernels.test_gpu_decode import SLOW_CASES as SLOW_DECODE_CASES
+from kernels.test_gpu_decode import assert_accurate, problem
 from kernels.test_tpu import DOCUMENTS, compare, in_float64, parameters
 
 from pallas_kernels import forgetting_attention, path_attention
-from pallas_kernels.blockwise.gpu import layout, operation
+from pallas_kernels.blockwise.gpu import decode, layout, operation
 
 ROOT = Path(__file__).parents[2]
 has_triton = importlib.util.find_spec("triton") is not None
@@ -106,6 +110,24 @@ def test_blocks_in_float32(op, options, dims, capability):
     assert_all_close(actual, in_float64(op, inputs, cotangents, **options), "float32")
 
 
+def attend_pages(run, capability):
+    """As in `pages`; `run` as in `kernels`. Not under `jax.jit` where it runs anything."""
+    from pallas_kernels.blockwise.gpu import triton_call
+
+    kernel = lambda *x: run(triton_call.parts_launch(*x, capability))
+    return functools.partial(decode.attend_pages, "triton", lambda: kernel, interpret="triton")
+
+
+DECODE_HEAD_DIMS = {"path_fox, any head dims": (dict(dims=(40, 96), width=3), {})}
+
+
+@needs_interpreter
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize("shape, options", parameters(DECODE_CASES | SLOW_DECODE_CASES | DECODE_HEAD_DIMS, {}))
+def test_decode(shape, options, dtype):
+    assert_accurate(attend_pages(interpret, (8, 0)), problem(**shape, dtype=dtype), **options)
+
+
 @pytest.mark.skipif(not has_triton, reason="needs triton")
 def test_constants():
     from pallas_kernels.blockwise.gpu import triton_kernels
@@ -141,6 +163,18 @@ def test_compiles(variant, capability, dims):
         assert max(kernel["spills"]) <= (128 if name == "key_gradient" else 0), (name, kernel)
 
 
+@pytest.mark.gpu_aot
+@pytest.mark.skipif(not has_triton, reason="needs triton")
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("capability", [(8, 0), (8, 9), (9, 0)], ids=lambda capability: "sm_{}{}".format(*capability))
+@pytest.mark.parametrize("groups, width, dims", [(1, 1, (64, 64)), (4, 1, (128, 128)), (4, 24, (128, 128))])
+def test_decode_compiles(groups, width, dims, capability, dtype):
+    shape = dict(groups=groups, width=width, dims=dims, superchunk=1024, dtype=dtype)
+    kernel = compile_variant(shape, capability, dims)["attend_parts"]
+    assert kernel["shared"] <= (227 if capability == (9, 0) else 99) * 1024
+    assert max(kernel["spills"]) == 0, kernel
+
+
 def compile_variant(variant, capability, dims):
     """{kernel: {"registers", "spills": [stores, loads], "shared"}}, compiled in a process without the interpreter."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
@@ -154,15 +188,19 @@ def compile_variant(variant, capability, dims):
 
 
 def _compile_variant(variant, capability, dims):
-    op, shape, options = VARIANTS[variant]
-    inputs = random_inputs(0, 400, heads=4, kv_heads=2, head_dim=dims[0], v_head_dim=dims[1], **shape)
-    inputs = {name: jnp.asarray(x, "float32" if x.ndim == 3 else "bfloat16") for name, x in inputs.items()}
     compiled = {}
 
     def run(launch):
         compiled[launch.kernel.__name__] = _compile(launch, capability)
         return [jnp.zeros(x.shape, x.dtype) for x in launch.results]
 
+    if isinstance(variant, dict):  # of a decode step
+        arguments = jax.eval_shape(lambda: problem(**variant))
+        jax.eval_shape(functools.partial(attend_pages(run, capability), gate_scale=1.0, window=5000), *arguments)
+        return compiled
+    op, shape, options = VARIANTS[variant]
+    inputs = random_inputs(0, 400, heads=4, kv_heads=2, head_dim=dims[0], v_head_dim=dims[1], **shape)
+    inputs = {name: jnp.asarray(x, "float32" if x.ndim == 3 else "bfloat16") for name, x in inputs.items()}
     cotangents = [jnp.asarray(x, "float32") for x in random_cotangents(1, inputs)]
     jax.eval_shape(lambda *x: both_directions(op, *x, kernels(run, capability), **options), inputs, cotangents)
     return compiled

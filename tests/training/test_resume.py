@@ -16,7 +16,7 @@ import pytest
 
 SCRIPT = Path(__file__).with_name("interrupted_run.py")
 ROOT = SCRIPT.parents[2]
-NUM_STEPS, SAVE_EVERY = 160, 7
+NUM_STEPS, SAVE_EVERY = 96, 9
 
 
 def start(workdir):
@@ -81,7 +81,7 @@ def interrupt(workdir, sent, rng):
 @pytest.mark.parametrize(
     "sent, times",
     [
-        (signal.SIGKILL, 1),
+        pytest.param(signal.SIGKILL, 1, marks=pytest.mark.slow),
         (signal.SIGTERM, 1),
         pytest.param(signal.SIGKILL, 5, marks=pytest.mark.slow),
     ],

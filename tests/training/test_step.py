@@ -54,7 +54,9 @@ def test_loss_falls(one_device):
     assert int(state.step) == 5
 
 
-@pytest.mark.parametrize("shape", [{"data": 2, "fsdp": 4}, {"fsdp": 4, "tensor": 2}], ids=str)
+@pytest.mark.parametrize(
+    "shape", [pytest.param({"data": 2, "fsdp": 4}, marks=pytest.mark.slow), {"fsdp": 4, "tensor": 2}], ids=str
+)
 def test_eight_devices_train_like_one(one_device, shape):
     history, state = train(make_mesh(shape), 5)
     np.testing.assert_allclose(history, one_device[0], rtol=1e-5)
@@ -62,7 +64,7 @@ def test_eight_devices_train_like_one(one_device, shape):
     assert len(kernel.sharding.device_set) == 8 and kernel.addressable_shards[0].data.size < kernel.size
 
 
-@pytest.mark.parametrize("accumulate", [2, 4])
+@pytest.mark.parametrize("accumulate", [pytest.param(2, marks=pytest.mark.slow), 4])
 def test_accumulation_equals_the_large_batch(one_device, accumulate):
     history, _ = train(make_mesh({"data": 2}, jax.devices()[:2]), 5, accumulate=accumulate)
     np.testing.assert_allclose(history, one_device[0], rtol=1e-5)

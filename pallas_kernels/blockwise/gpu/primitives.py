@@ -17,8 +17,9 @@ COLUMNS = MATRIX.reduce(0)  # one value per column
 
 
 def swizzled(shape, dtype):
-    """Shared memory as wgmma reads it; rows of 64, 128, ... 16-bit numbers."""
-    return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)))
+    """Shared memory as wgmma reads it; rows of 64, 128, ... 16-bit numbers, or of half as many 32-bit ones."""
+    columns = 128 // jnp.dtype(dtype).itemsize
+    return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(128)))
 
 
 def vector(*shape, dtype=jnp.float32):

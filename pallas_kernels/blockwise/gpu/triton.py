@@ -4,13 +4,19 @@ import functools
 import importlib.metadata
 
 import jax
+import jax.numpy as jnp
 
-from pallas_kernels.blockwise.gpu import devices, operation
+from pallas_kernels.blockwise.gpu import decode, devices, operation
 from pallas_kernels.call import AttentionCall
 
 
 def refuses(call: AttentionCall) -> str | None:
     """Why the kernels cannot serve the call, or None."""
+    return _is_missing() or operation.refuses(call)
+
+
+def _is_missing():
+    """What the kernels need and do not have here, or None."""
     try:
         version = importlib.metadata.version("jax-triton")
     except importlib.metadata.PackageNotFoundError:
@@ -23,7 +29,7 @@ def refuses(call: AttentionCall) -> str | None:
         return f"needs a GPU of compute capability 8.0 to 9.0, this has {capability[0]}.{capability[1]}"
     if capability == (9, 0) and numbers < (0, 4):
         return f"needs jax-triton 0.4 on Hopper, this is {version}"  # older ones cannot choose the PTX version
-    return operation.refuses(call)
+    return None
 
 
 def _kernels():
@@ -34,3 +40,21 @@ def _kernels():
 
 forward = functools.partial(operation.forward, "triton", _kernels)
 backward = functools.partial(operation.backward, "triton", _kernels)
+
+
+def refuses_pages(k, v) -> str | None:
+    """Why the kernels cannot read pools of keys and values [pool, K, S, H], or None."""
+    if k.dtype != v.dtype or k.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
+        return f"the cache must be bfloat16, float16 or float32, got {k.dtype}"
+    if max(k.shape[3], v.shape[3]) > 128:
+        return f"the cache must have heads of at most 128 numbers, got {k.shape[3]} and {v.shape[3]}"
+    return _is_missing()
+
+
+def _page_kernel():
+    from pallas_kernels.blockwise.gpu import triton_call
+
+    return triton_call.attend_parts
+
+
+attend_pages = functools.partial(decode.attend_pages, "triton", _page_kernel)

@@ -1,7 +1,8 @@
 """The Triton kernels as functions of JAX arrays, with the signatures of the Mosaic ones.
 
-A `Launch` says everything about one launch of a kernel. `attention_forward`, `query_gradient` and `key_gradient` hand
-theirs to jax-triton; tests hand the same ones to Triton's interpreter. Needs triton, and jax-triton to run.
+A `Launch` says everything about one launch of a kernel. `attention_forward`, `query_gradient`, `key_gradient` and
+`attend_parts` hand theirs to jax-triton; tests hand the same ones to Triton's interpreter. Needs triton, and jax-triton
+to run.
 """
 
 import inspect
@@ -10,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.blockwise.gpu import devices, schedule, triton_kernels
+from pallas_kernels.blockwise.gpu import decode, decode_triton, devices, schedule, triton_kernels
 from pallas_kernels.blockwise.gpu.layout import TILE, Geometry
 
 # Triton would write what its own assembler reads; XLA's, which gets to read it, may be older. 8.6: CUDA 12.7.
@@ -67,6 +68,11 @@ def query_gradient(q, k, v, dout, lse, delta, gate, segment_ids, first_key, size
 def key_gradient(q, k, v, dout, vectors, gate, segment_ids, last_query, size: Geometry):
     """See `backward.key_gradient`."""
     return _call(key_launch, q, k, v, dout, vectors, gate, segment_ids, last_query, size)
+
+
+def attend_parts(q, k, v, gates, limits, pages, needed, size: decode.Geometry):
+    """See `decode_mosaic.attend_parts`."""
+    return _call(parts_launch, q, k, v, gates, limits, pages, needed, size)
 
 
 def _call(describe, *arguments):
@@ -137,6 +143,47 @@ def key_launch(q, k, v, dout, vectors, gate, segment_ids, last_query, size: Geom
     grid = size.num_kv_heads, size.num_keys * (TILE // blocks.block_n), size.batch
     constants = _constants(gate, segment_ids, last_query, size, len(rows.table), blocks)
     return Launch(triton_kernels.key_gradient, grid, operands, results, constants, blocks)
+
+
+def parts_launch(q, k, v, gates, limits, pages, needed, size: decode.Geometry, capability) -> Launch:
+    """That of `attend_parts`."""
+    power = lambda n: max(16, 1 << (n - 1).bit_length())
+    # Chosen by compiling, like _BLOCKS.
+    if k.dtype == jnp.float32:
+        blocks = Blocks(power(size.rows), 16, 4 if size.rows <= 32 else 8, 2)
+    else:
+        blocks = Blocks(power(size.rows), 64, 4, 3 if capability == (9, 0) else 2)
+    num_parts = size.num_pages * size.num_parts
+    num_results = num_parts * size.batch * size.num_kv_heads * size.num_tiles
+    results = (
+        jax.ShapeDtypeStruct((num_results, size.rows, size.v_head_dim), jnp.float32),
+        jax.ShapeDtypeStruct((num_results, size.rows), jnp.float32),
+    )
+    grid = size.num_kv_heads * size.num_tiles, num_parts, size.batch
+    constants = dict(
+        GATE=gates is not None,
+        WINDOW=limits is not None,
+        BATCH=size.batch,
+        KV_HEADS=size.num_kv_heads,
+        PAGES=size.num_pages,
+        SUPERCHUNK=size.superchunk,
+        PARTS=size.num_parts,
+        VERSIONS=size.num_versions,
+        TILES=size.num_tiles,
+        GROUPS=size.num_groups,
+        WIDTH=size.width,
+        ROWS=size.rows,
+        MOST_ROWS=decode.TILE_ROWS,
+        HEAD_DIM=size.head_dim,
+        V_HEAD_DIM=size.v_head_dim,
+        GATE_FACTOR=size.gate_factor,
+        BLOCK_M=blocks.block_m,
+        BLOCK_N=blocks.block_n,
+        BLOCK_H=power(size.head_dim),
+        BLOCK_V=power(size.v_head_dim),
+    )
+    operands = _present(q, k, v, *(gates or [None] * 2), limits, pages, needed)
+    return Launch(decode_triton.attend_parts, grid, operands, results, constants, blocks)
 
 
 def _present(*operands):

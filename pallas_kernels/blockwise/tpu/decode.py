@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.blockwise.tpu import lanes
+from pallas_kernels.blockwise.tpu import lanes, tuning
 from pallas_kernels.blockwise.tpu.arithmetic import EMPTY, MASKED, NT, dot
 
 
@@ -63,10 +63,15 @@ def _kernel(*refs, names, num_steps, gate_scale, window):
         refs["lse"][0, 0] = jnp.where(is_empty, EMPTY, log_sum)
 
 
-def attend_pages(
-    q, k, v, products, gate, inside, position, pages, needed, *, gate_scale, window, vmem_limit=64, interpret=False
-):
-    """`pages.attend_pages`, for float32 queries and float32 or bfloat16 pools; vmem_limit in MiB."""
+def refuses_pages(k, v) -> str | None:
+    """Why the kernel cannot read pools of keys and values, or None."""
+    if k.dtype != v.dtype or k.dtype not in (jnp.bfloat16, jnp.float32):
+        return f"the cache must be bfloat16 or float32, got {k.dtype}"
+    return None
+
+
+def attend_pages(q, k, v, products, gate, inside, position, pages, needed, *, gate_scale, window, interpret=False):
+    """`pages.attend_pages`, for float32 queries and float32 or bfloat16 pools."""
     batch, num_kv_heads, groups, width, head_dim = q.shape
     superchunk, v_head_dim, num_steps = k.shape[2], v.shape[3], pages.shape[1]
     rows = groups * width
@@ -123,7 +128,7 @@ def attend_pages(
         name="decode_pages",
         interpret=interpret,
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=vmem_limit << 20
+            dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=tuning.chip().vmem << 20
         ),
     )(*prefetch.values(), *(x for x, _ in inputs.values()))
     lse = lse.reshape(q.shape[:4])
