@@ -4,6 +4,7 @@
     python -m pallas_kernels.benchmark --tables=time --lengths=2048,4096 --dtype=bfloat16
     python -m pallas_kernels.benchmark tune --help                  # block sizes of the TPU kernels, in a checkout
     python -m pallas_kernels.benchmark gpu --help                   # times on an NVIDIA GPU beside peers, in a checkout
+    python -m pallas_kernels.benchmark gpu-tune --help              # block sizes of the Triton kernels, on that GPU
 
 Tables:
   time    forward + backward (gradients of every input) of our operations over those of
@@ -190,6 +191,12 @@ def main(argv=None):
         from benchmarks import gpu_speed
 
         return gpu_speed.main(argv[1:])
+    if argv[:1] == ["gpu-tune"]:
+        try:
+            from benchmarks import gpu_tune
+        except ImportError as error:
+            sys.exit(f"gpu-tune: {error}; pip install 'path-jax[triton]'")
+        return gpu_tune.main(argv[1:])
     args = parse_args(argv)
     device = jax.devices()[0]
     print(f"jax {jax.__version__} on {device.device_kind} ({jax.default_backend()}), {args}")

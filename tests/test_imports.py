@@ -35,10 +35,11 @@ ALLOWED = {
     "benchmarks": [],
     "benchmarks.conversion": ["path_jax.report"],
     "benchmarks.cases": ["benchmarks", "pallas_kernels"],
+    "benchmarks.gpu_tune": ["benchmarks", "pallas_kernels"],
     "benchmarks.gpu_jax": ["benchmarks", "pallas_kernels", "path_jax", "configs"],
     "benchmarks.gpu_table": ["benchmarks", "path_jax.report"],
     "benchmarks.tpu_tune": ["benchmarks", "pallas_kernels"],
-    "pallas_kernels.benchmark": ["pallas_kernels", "benchmarks.gpu_speed", "benchmarks.tpu_tune"],
+    "pallas_kernels.benchmark": ["pallas_kernels", "benchmarks.gpu_speed", "benchmarks.gpu_tune", "benchmarks.tpu_tune"],
     "train": ["path_jax"],
     "eval": ["path_jax"],
 }

@@ -6,6 +6,8 @@ to run.
 """
 
 import inspect
+import json
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -38,21 +40,18 @@ class Launch(NamedTuple):
     blocks: Blocks
 
 
-# By kernel, major compute capability and head dim. Those of 8 fit into 99 KB of shared memory, which all GPUs have
-# from 8.0 on; those of 9 into 227. Chosen by compiling: what spills no registers or the fewest. Never timed.
-_BLOCKS = {
-    ("attention_forward", 8): {64: Blocks(128, 64, 8, 2), 128: Blocks(128, 64, 8, 2)},
-    ("attention_forward", 9): {64: Blocks(128, 64, 8, 3), 128: Blocks(128, 64, 8, 3)},
-    ("query_gradient", 8): {64: Blocks(128, 64, 8, 2), 128: Blocks(128, 32, 8, 2)},
-    ("query_gradient", 9): {64: Blocks(128, 64, 8, 3), 128: Blocks(128, 64, 8, 3)},
-    ("key_gradient", 8): {64: Blocks(32, 128, 8, 2), 128: Blocks(64, 64, 8, 2)},
-    ("key_gradient", 9): {64: Blocks(64, 128, 8, 2), 128: Blocks(32, 128, 8, 3)},
-}
+# By compute capability, kernel and head dim: chosen by compiling (what spills no registers or the fewest) until
+# `python -m pallas_kernels.benchmark gpu-tune` has timed them. Rows of 8.0 fit into 99 KB of shared memory, which all
+# GPUs have from there on, and serve those that have no row of their own.
+TABLE = Path(__file__).with_name("blocks.json")
+BLOCKS = {(row["capability"], row["kernel"], row["head_dim"]): Blocks(*row["blocks"])
+          for row in json.loads(TABLE.read_text())}  # fmt: skip
 
 
 def blocks_of(kernel: str, size: Geometry, capability: tuple[int, int] | None) -> Blocks:
     """Blocks of a kernel for a call, on GPUs of a compute capability (major, minor); None: unknown."""
-    return _BLOCKS[kernel, 9 if capability == (9, 0) else 8][size.head_dim]
+    name = "8.0" if capability is None else f"{capability[0]}.{capability[1]}"
+    return BLOCKS.get((name, kernel, size.head_dim)) or BLOCKS["8.0", kernel, size.head_dim]
 
 
 def attention_forward(q, k, v, gate, segment_ids, first_key, partial, size: Geometry):
@@ -148,7 +147,7 @@ def key_launch(q, k, v, dout, vectors, gate, segment_ids, last_query, size: Geom
 def parts_launch(q, k, v, gates, limits, pages, needed, size: decode.Geometry, capability) -> Launch:
     """That of `attend_parts`."""
     power = lambda n: max(16, 1 << (n - 1).bit_length())
-    # Chosen by compiling, like _BLOCKS.
+    # Chosen by compiling.
     if k.dtype == jnp.float32:
         blocks = Blocks(power(size.rows), 16, 4 if size.rows <= 32 else 8, 2)
     else:
