@@ -11,7 +11,14 @@ tokens to every row, or the first `lengths[b]` of them to row b: prefill, chunks
 import functools
 
 from path_jax.mixers.attention import ForgettingAttention
+from path_jax.mixers.base_conv import BaseConv
+from path_jax.mixers.based import Based
+from path_jax.mixers.deltanet import DeltaNet
+from path_jax.mixers.h3 import H3
+from path_jax.mixers.hyena import Hyena
+from path_jax.mixers.mamba import Mamba
 from path_jax.mixers.path_attention import PathAttention
+from path_jax.mixers.stick_breaking import StickBreakingAttention
 
 MIXERS = {
     "path": PathAttention,
@@ -19,6 +26,24 @@ MIXERS = {
     "fox": ForgettingAttention,
     "rope": functools.partial(ForgettingAttention, gate="none", rope_theta=10000.0),
     "nope": functools.partial(ForgettingAttention, gate="none"),
+    "stick_breaking": StickBreakingAttention,
+    "deltanet": DeltaNet,
+    "mamba": Mamba,
+    "based": Based,
+    "h3": H3,
+    "hyena": Hyena,
+    "base_conv": BaseConv,
 }
 
-__all__ = ["MIXERS", "ForgettingAttention", "PathAttention"]
+__all__ = [
+    "MIXERS",
+    "BaseConv",
+    "Based",
+    "DeltaNet",
+    "ForgettingAttention",
+    "H3",
+    "Hyena",
+    "Mamba",
+    "PathAttention",
+    "StickBreakingAttention",
+]

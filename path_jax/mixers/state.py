@@ -1,4 +1,4 @@
-"""What mixers keep between calls when they decode: attention mixers a cache, the others arrays of a fixed size."""
+"""What mixers keep between calls when they decode: attention kernels a cache of pages, the others plain arrays."""
 
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -47,16 +47,39 @@ def init_state(
 
 
 def init_recurrent_state(
-    batch: int, *, histories: Mapping[str, tuple[int, ...]], memories: Mapping[str, tuple[int, ...]], dtype
+    batch: int,
+    *,
+    histories: Mapping[str, tuple[int, ...]],
+    memories: Mapping[str, tuple[int, ...]],
+    dtype=None,
+    superchunk: int | None = None,
+    num_pages: int | None = None,
 ) -> RecurrentState:
-    """State before the first token: zeros; histories [B, W, ...] in `dtype`, memories [B, ...] in float32 at least."""
+    """State before the first token, all zeros.
+
+    Args:
+      batch: rows B.
+      histories: shape [W, ...] of each history, of `dtype`, float32 by default.
+      memories: shape [...] of each memory, of float32 at least.
+      dtype: see above.
+      superchunk: tokens per page of a cache; of no meaning here.
+      num_pages: must be None.
+
+    Raises:
+      ValueError: for a number of pages.
+    """
+    del superchunk
+    if num_pages is not None:
+        raise ValueError(f"{num_pages=}: the state of this mixer has no pages")
     dtype = jnp.dtype(jnp.float32 if dtype is None else dtype)
     zeros = lambda shapes, dtype: {name: jnp.zeros((batch, *shape), dtype) for name, shape in shapes.items()}
     wide = jnp.promote_types(dtype, jnp.float32)
     return RecurrentState(jnp.zeros(batch, jnp.int32), zeros(histories, dtype), zeros(memories, wide))
 
 
-def lengths_of(x: Float[Array, "B T D"], state: State | RecurrentState | None, segment_ids, lengths) -> Int[Array, "B"] | None:
+def lengths_of(
+    x: Float[Array, "B T D"], state: State | RecurrentState | None, segment_ids, lengths
+) -> Int[Array, "B"] | None:
     """How many of each row's tokens a call with a state appends: `lengths`, or all; None for a call without one.
 
     Raises:
@@ -81,7 +104,7 @@ class StatePages:
           ValueError: for a mixer that keeps no pages.
         """
         if isinstance(state, RecurrentState):
-            raise ValueError("this mixer keeps a state of a fixed size and has no pages to share")
+            raise ValueError("the state of this mixer has no pages to share")
         self._pool = PagePool(state.attention)
 
     @property

@@ -14,6 +14,7 @@ REMAT = ("none", "full", "dots")
 DTYPES = ("float32", "bfloat16", "float16")
 NORMS = ("rms", "layer")
 MLPS = ("swiglu", "gelu")
+_COMPARING = ("path", "path_fox", "fox", "rope", "nope", "stick_breaking")  # mixers whose work grows with T squared
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,11 +106,13 @@ class ModelConfig:
     def train_flops_per_token(self, num_parameters: int, length: int) -> float:
         """Model FLOPs of a training step per token, with causal accounting.
 
-        Six per parameter that multiplies (an untied embedding and learned positions are look-ups), plus twelve N H per
-        visible key and layer, of which there are (T + 1) / 2 on average. What an algorithm adds (PaTH's linear stage,
-        rematerialisation) does not count.
+        Six per parameter that multiplies (an untied embedding and learned positions are look-ups), plus, for mixers
+        that compare queries with keys, twelve N H per visible key and layer, of which there are (T + 1) / 2 on average.
+        What an algorithm adds (PaTH's linear stage, a recurrence's updates, rematerialisation) does not count.
         """
         looked_up = (0 if self.tie_embeddings else self.vocab_size) + (self.num_positions or 0)
         multiplying = num_parameters - looked_up * self.embed_dim
+        if self.mixer not in _COMPARING:
+            return 6 * multiplying
         attention = 12 * self.num_layers * self.num_heads * self.head_dim * (length + 1) / 2
         return 6 * multiplying + attention

@@ -11,13 +11,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from path_jax.mixers.state import State
+from path_jax.mixers.state import RecurrentState, State
 from path_jax.models.config import ModelConfig
 from path_jax.nn.layers import INIT_STD, GeluMLP, RMSNorm, SwiGLU, default_positions
 from path_jax.nn.taps import Tap
 from path_jax.parallel.sharding import constrain
 
-LMCache = tuple[State, ...]  # one state per layer
+LMCache = tuple[State | RecurrentState, ...]  # one state per layer
 
 
 @flax.struct.dataclass
@@ -49,7 +49,7 @@ class Block(nn.Module):
         x: Float[Array, "B T D"],
         positions: Int[Array, "B T"],
         segment_ids: Int[Array, "B T"] | None,
-        cache: State | None = None,
+        cache: State | RecurrentState | None = None,
         lengths: Int[Array, "B"] | None = None,
     ):
         config = self.config

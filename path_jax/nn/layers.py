@@ -106,16 +106,22 @@ def append(history: Float[Array, "B W *D"], x: Float[Array, "B T *D"], lengths: 
 
 
 class ShortConv(nn.Module):
-    """Depthwise causal convolution of `size` tokens followed by SiLU; no bias."""
+    """Depthwise causal convolution of `size` tokens, followed by SiLU."""
 
     size: int
+    use_bias: bool = False
+    use_silu: bool = True
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"], segment_ids: Int[Array, "B T"] | None = None):
-        # Uniform in +-1/sqrt(size), the usual initialisation of a depthwise convolution.
+        # Uniform in +-1/sqrt(size), the usual initialisation of a depthwise convolution and of its bias.
         init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform", in_axis=0, out_axis=())
-        kernel = self.param("kernel", init, (self.size, x.shape[-1]))
-        return nn.silu(causal_conv(x, kernel, segment_ids))
+        y = causal_conv(x, self.param("kernel", init, (self.size, x.shape[-1])), segment_ids)
+        if self.use_bias:
+            bound = self.size**-0.5
+            init = lambda rng, shape: jax.random.uniform(rng, shape, minval=-bound, maxval=bound)
+            y += self.param("bias", init, x.shape[-1:]).astype(y.dtype)
+        return nn.silu(y) if self.use_silu else y
 
 
 def rotary(x: Float[Array, "B T N H"], positions: Int[Array, "B T"], theta: float) -> Float[Array, "B T N H"]:
@@ -139,5 +145,13 @@ def default_positions(tokens: Int[Array, "B T"], segment_ids: Int[Array, "B T"] 
     index = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
     if segment_ids is None:
         return index
-    is_start = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], [(0, 0), (1, 0)], constant_values=True)
-    return index - jax.lax.cummax(jnp.where(is_start, index, 0), axis=1)
+    return index - jax.lax.cummax(jnp.where(_is_start(segment_ids), index, 0), axis=1)
+
+
+def document_index(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
+    """Documents and stretches of padding of a row, counted from 1: segment id 0 may come up more than once."""
+    return jnp.cumsum(_is_start(segment_ids), axis=1, dtype=jnp.int32)
+
+
+def _is_start(segment_ids):
+    return jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], [(0, 0), (1, 0)], constant_values=True)

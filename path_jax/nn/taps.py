@@ -6,9 +6,10 @@ A Tap is a parameter-free identity submodule. It adds nothing to the checkpoint;
 
 import flax.linen as nn
 
-# In every block, then inside mixers (each mixer has those that apply).
+# In every block, then inside mixers (each mixer has those that apply). `recurrence` is what a recurrence gives for each
+# token, before norm, gate and output projection.
 BLOCK_TAPS = ("resid_pre", "mixer_in", "mixer_out", "mlp_in", "mlp_out", "resid_post")
-MIXER_TAPS = ("q", "k", "v", "w", "beta", "log_forget", "conv_out")
+MIXER_TAPS = ("q", "k", "v", "w", "beta", "log_forget", "conv_out", "recurrence")
 
 
 class Tap(nn.Module):

@@ -9,9 +9,9 @@ from jax.sharding import PartitionSpec as P
 # First match wins. The spec covers the trailing axes; axes in front (the layer axis of a scanned stack) are replicated.
 _PARAMETER_RULES = (
     (r"embed/embedding$", ("tensor", "fsdp")),
-    (r"(o_proj|down_proj)/kernel$", ("tensor", "fsdp")),
-    (r"w_proj_up/kernel$", (None, "tensor")),
-    (r"w_conv/kernel$", (None, "tensor")),
+    (r"(o_proj|out_proj|down_proj)/kernel$", ("tensor", "fsdp")),
+    (r"(w_proj_up|dt_proj)/kernel$", (None, "tensor")),
+    (r"conv/kernel$", (None, "tensor")),
     (r"/kernel$", ("fsdp", "tensor")),
 )
 _ACTIVATION_AXES = {"batch": ("data", "fsdp"), "length": "sequence", "heads": "tensor", "mlp": "tensor", "embed": None}

@@ -14,6 +14,9 @@ VARIANTS = {
     "fox pro": dict(mixer="fox", mixer_options=dict(kv_shift=True, qk_norm="head", output_norm=True, output_gate=True)),
     "gpt2": dict(mixer="nope", norm="layer", mlp="gelu", num_positions=90, tie_embeddings=True),
     "rope": dict(mixer="rope", tie_embeddings=True),
+    "deltanet": dict(mixer="deltanet", num_kv_heads=None),
+    "mamba": dict(mixer="mamba", num_kv_heads=None),
+    "stick_breaking": dict(mixer="stick_breaking"),
 }
 
 
@@ -37,7 +40,12 @@ def full_and_pieces(config, params, tokens, lengths, *, width, superchunk):
     return expected, actual
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+SLOW = {"deltanet", "mamba", "stick_breaking"}  # tests/mixers has pieces of one layer
+
+
+@pytest.mark.parametrize(
+    "variant", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in VARIANTS]
+)
 def test_pieces_equal_the_whole(variant):
     config = ModelConfig(**SHAPE | VARIANTS[variant])
     tokens = np.random.default_rng(1).integers(0, 31, (2, 90)).astype(np.int32)
@@ -52,6 +60,15 @@ def test_pieces_equal_the_whole(variant):
 def test_rows_are_no_longer_than_learned_positions():
     with pytest.raises(ValueError, match="90 learned positions"):
         init_cache(ModelConfig(**SHAPE | VARIANTS["gpt2"]), 1, 91)
+
+
+@pytest.mark.parametrize("mixer", ["stick_breaking", "deltanet", "mamba"])
+def test_states_that_are_no_pages_are_not_shared(mixer):
+    config = ModelConfig(**SHAPE | dict(mixer=mixer, num_kv_heads=None))
+    with pytest.raises(ValueError, match="has no pages"):
+        init_cache(config, 2, 64, num_pages=4)
+    with pytest.raises(ValueError, match="has no pages to share"):
+        CachePages(init_cache(config, 2, 64, superchunk=64))
 
 
 @pytest.mark.parametrize("variant", ["path_fox", pytest.param("fox pro", marks=pytest.mark.slow)])

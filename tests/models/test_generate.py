@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from path_jax.mixers import MIXERS
 from path_jax.models import DecoderLM, ModelConfig
 from path_jax.models.generate import _decode, _prefill, generate, restrict
 
@@ -25,7 +26,12 @@ def make_model(mixer):
 PROMPT = np.random.default_rng(0).integers(0, VOCAB, (3, 5))
 
 
-@pytest.mark.parametrize("mixer", ["path_fox", "rope"])
+SLOW = {"path", "fox", "nope", "based", "h3", "hyena", "base_conv"}
+
+
+@pytest.mark.parametrize(
+    "mixer", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in MIXERS]
+)
 def test_greedy_is_the_argmax_of_every_step(mixer):
     model, params = make_model(mixer)
     out = generate(model, params, PROMPT, max_new_tokens=7)
