@@ -12,11 +12,13 @@ settings tries all of them with the first seed and a share of the steps, and kee
 import argparse
 import concurrent.futures
 import csv
+import functools
 import importlib.util
 import io
 import itertools
 import json
 import math
+import operator
 import os
 import statistics
 import subprocess
@@ -73,9 +75,10 @@ def resolve(config: str, run: Run) -> dict:
     for key, value in run.settings:
         if "." in key:
             try:
-                section, name = key.rsplit(".", 1)
-                old = resolved[section][name] if "." not in section else None
-                resolved[section][name] = type(old)(float(value)) if isinstance(old, int) else type(old)(value)
+                *sections, name = key.split(".")
+                section = functools.reduce(operator.getitem, sections, resolved)
+                kind = type(section[name])
+                section[name] = {"true": True, "false": False}[value.lower()] if kind is bool else kind(value)
             except (KeyError, TypeError, ValueError) as error:
                 raise ValueError(f"--vary {key}={value} does not fit the configuration: {error}") from error
     if run.share != 1:

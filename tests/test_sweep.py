@@ -17,9 +17,11 @@ def run(stage="runs", share=1.0, **settings):
 
 def test_settings_reach_the_configuration():
     settings = {"mixer": "rope", "seed": "3", "optim.lr": "1e-2", "data.batch_size": "4", "optim.b2": "0.99"}
+    settings |= {"evals.task.num_scored": "7", "model.scan_layers": "True"}
     config = resolve(CONFIG, Run("runs", tuple(settings.items()), 1.0))
     assert (config["model"]["mixer"], config["data"]["seed"], config["train"]["seed"]) == ("rope", 3, 3)
     assert (config["optim"]["lr"], config["data"]["batch_size"], config["optim"]["b2"]) == (0.01, 4, 0.99)
+    assert config["evals"]["task"]["num_scored"] == 7 and config["model"]["scan_layers"] is True
     short = resolve(CONFIG, run(share=0.25))
     assert (short["train"]["num_steps"], short["optim"]["warmup_steps"]) == (5, 0)
 

@@ -91,7 +91,13 @@ def build(make, **options):
     return Mixer(make, module, jax.tree_util.tree_map_with_path(draw, shapes), apply_to(module))
 
 
-@pytest.fixture(scope="module", params=VARIANTS)
+# Every mixer, and of the options those that change the most.
+FAST = (*MIXERS, "fox pro", "path_fox, qk_norm, gate times scale")
+
+
+@pytest.fixture(
+    scope="module", params=[pytest.param(name, marks=[] if name in FAST else pytest.mark.slow) for name in VARIANTS]
+)
 def mixer(request):
     return build(VARIANTS[request.param])
 
