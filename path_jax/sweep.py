@@ -84,6 +84,8 @@ def resolve(config: str, run: Run) -> dict:
     if run.share != 1:
         resolved.train.num_steps = max(1, round(run.share * resolved.train.num_steps))
         resolved.optim.warmup_steps = round(run.share * resolved.optim.warmup_steps)
+        if "task" in resolved.evals:  # as exact as a choice needs
+            resolved.evals.task.num_scored = min(resolved.evals.task.num_scored, 10_000)
     return resolved.to_dict()
 
 
