@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from path_jax.evaluation import run_report, runner
+from path_jax.evaluation.pretrained import codec_of_run
 from path_jax.training import loop
 from path_jax.training.experiment import make_experiment
 
@@ -30,8 +31,9 @@ def train_and_report(config: Mapping[str, Any], workdir: Path, *, start: float |
     start = time.perf_counter() if start is None else start
     experiment = make_experiment(config)
     evaluators = runner.make_evaluators(
-        config["evals"], experiment.model, experiment.corpus, experiment.data.sequence_length
-    )
+        config["evals"], experiment.model, experiment.corpus, experiment.data.sequence_length,
+        codec=codec_of_run(experiment.config),
+    )  # fmt: skip
     result = loop.run(experiment, workdir, evaluators)
     if result.interrupted:
         print(f"stopped at step {result.step}, saved in {result.checkpoint}; the same command resumes", file=sys.stderr)

@@ -24,7 +24,10 @@ ALLOWED = {
     "path_jax.evaluation": [
         f"path_jax.{p}" for p in ("models", "data", "parallel", "checkpoints", "metrics", "nn.taps")
     ],
+    "path_jax.evaluation.lm_eval": ["path_jax"],
+    "path_jax.evaluation.longbench": ["path_jax"],
     "path_jax.evaluation.run_report": ["path_jax"],
+    "path_jax.evaluation.eval_report": ["path_jax"],
     "path_jax.nnx": [],
     "path_jax.generate": ["path_jax"],
     "path_jax.run": ["path_jax"],
@@ -39,7 +42,12 @@ ALLOWED = {
     "benchmarks.gpu_jax": ["benchmarks", "pallas_kernels", "path_jax", "configs"],
     "benchmarks.gpu_table": ["benchmarks", "path_jax.report"],
     "benchmarks.tpu_tune": ["benchmarks", "pallas_kernels"],
-    "pallas_kernels.benchmark": ["pallas_kernels", "benchmarks.gpu_speed", "benchmarks.gpu_tune", "benchmarks.tpu_tune"],
+    "pallas_kernels.benchmark": [
+        "pallas_kernels",
+        "benchmarks.gpu_speed",
+        "benchmarks.gpu_tune",
+        "benchmarks.tpu_tune",
+    ],
     "train": ["path_jax"],
     "eval": ["path_jax"],
 }
@@ -50,6 +58,7 @@ CONFINED = {
     "tensorboardX": ["path_jax.training.progress"],
     "safetensors": ["path_jax.checkpoints.shards"],
     "tokenizers": ["path_jax.data.tokenizer"],
+    "lm_eval": ["path_jax.evaluation.lm_eval"],
     "gguf": ["path_jax.checkpoints.gguf"],
     "flax": ["path_jax"],
     "orbax": ["path_jax.checkpoints"],

@@ -1,4 +1,4 @@
-"""Loss by position up to a multiple of the training length, from one full forward pass.
+"""Loss by position up to a multiple of the training length, from one full forward pass or through the decode cache.
 
 A model that extrapolates has a curve that keeps falling, or stays flat, beyond its training length.
 """
@@ -11,7 +11,10 @@ from jaxtyping import Float, Int
 
 from path_jax.data import Document
 from path_jax.evaluation.perplexity import make_target_losses
+from path_jax.evaluation.streaming import CHUNK, Reader
 from path_jax.models import DecoderLM
+
+_MAX_FORWARD = 16384  # tokens of a text that one forward pass reads, unless told otherwise
 
 
 class LossByPosition:
@@ -19,7 +22,7 @@ class LossByPosition:
 
     Calling the object with parameters returns `loss_at_00064`, the mean over the bucket of positions that ends at 64
     tokens, for every bucket, and `loss_within_train_length` and `loss_beyond_train_length`, the means over the
-    positions up to and beyond the training length.
+    positions up to and beyond the training length. `losses` then has the mean of every position.
 
     Args:
       model: The language model.
@@ -31,6 +34,8 @@ class LossByPosition:
       batch_size: Texts per forward pass.
       max_documents: Long texts to read.
       num_buckets: Ranges of positions, at most one for each position.
+      chunk: Tokens of a text per call of the model, which keeps a decode cache, so that memory hardly grows with the
+        length; 0 for one forward pass. By default 0 for texts of up to 16384 tokens and 512 for longer ones.
 
     Raises:
       ValueError: for a number out of range, or a corpus without one long text.
@@ -46,6 +51,7 @@ class LossByPosition:
         batch_size: int = 2,
         max_documents: int = 16,
         num_buckets: int = 16,
+        chunk: int | None = None,
     ):
         for name, value, least in (
             ("train_length", train_length, 1),
@@ -57,16 +63,24 @@ class LossByPosition:
             if value < least:
                 raise ValueError(f"{name}={value} must be at least {least}")
         length = multiple * train_length
+        chunk = (0 if length <= _MAX_FORWARD else CHUNK) if chunk is None else chunk
+        if chunk < 0:
+            raise ValueError(f"chunk={chunk} must be at least 0")
         if num_buckets > length:
             raise ValueError(f"num_buckets={num_buckets} is more than the {length} positions; lower it")
         self._rows = long_rows(documents, length + 1, max_documents)
         self._train_length, self._batch_size = train_length, batch_size
         self._edges = np.linspace(0, length, num_buckets + 1).round().astype(int)
+        self._model, self._chunk = model, chunk
         self._losses = make_target_losses(model)
+        self.losses: np.ndarray | None = None  # [T]
 
     def loss_by_position(self, params: Mapping[str, Any]) -> Float[np.ndarray, "T"]:
         """Returns the mean loss in nats of the target at each position, float64 [multiple * train_length]."""
         num_rows, width = self._rows.shape
+        if self._chunk:
+            reader = Reader(self._model, params, batch_size=self._batch_size, max_length=width - 1, chunk=self._chunk)
+            return np.mean(reader.losses(list(self._rows)), axis=0, dtype=np.float64)
         total = np.zeros(width - 1)
         for begin in range(0, num_rows, self._batch_size):
             rows = self._rows[begin : begin + self._batch_size]
@@ -79,7 +93,7 @@ class LossByPosition:
 
     def __call__(self, params: Mapping[str, Any]) -> dict[str, float]:
         """Returns the mean loss of each bucket, within and beyond the training length."""
-        losses = self.loss_by_position(params)
+        losses = self.losses = self.loss_by_position(params)
         buckets = zip(self._edges[:-1], self._edges[1:])
         curve = {f"loss_at_{stop:05d}": float(losses[start:stop].mean()) for start, stop in buckets}
         return curve | {

@@ -1,7 +1,7 @@
 """Evaluating a model that was not trained here: what a run's configuration would have said, from the checkpoint."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +21,7 @@ from path_jax.data import (
     standard_library_documents,
     vocabulary_tokenizer,
 )
+from path_jax.evaluation.text_codec import TextCodec
 from path_jax.models import DecoderLM, ModelConfig
 from path_jax.models.stacking import stack_layers
 
@@ -35,6 +36,7 @@ class Pretrained(NamedTuple):
     model: DecoderLM
     params: dict[str, Any]
     corpus: Corpus
+    codec: TextCodec
 
 
 def load_with_text(path: Path, data: str | None) -> Pretrained:
@@ -49,7 +51,8 @@ def load_with_text(path: Path, data: str | None) -> Pretrained:
       ValueError: if the checkpoint is not supported, or has neither a vocabulary that is nor one of bytes.
     """
     config, params = load_pretrained(path)
-    encode, is_bytes = _encoder(path, config)
+    tokenizer = vocabulary_of(path, config).tokenizer
+    encode, is_bytes = _encoder(tokenizer, config)
     documents = standard_library_documents(encode) if data is None else file_documents(data, encode)
     num_ids = 1 + max((int(document.tokens.max()) for document in documents if len(document.tokens)), default=-1)
     length = min(_LENGTH, config.num_positions or _LENGTH)
@@ -63,7 +66,26 @@ def load_with_text(path: Path, data: str | None) -> Pretrained:
     )
     # Scanned, because a compilation of every layer would take longer than many an evaluation.
     model = DecoderLM(dataclasses.replace(config, scan_layers=True))
-    return Pretrained(run, model, stack_layers(params), Corpus((), documents, num_ids))
+    codec = TextCodec.of(tokenizer, config.vocab_size)
+    return Pretrained(run, model, stack_layers(params), Corpus((), documents, num_ids), codec)
+
+
+def codec_of_run(config: Mapping[str, Any]) -> TextCodec | None:
+    """How a run of train.py turns text into ids: as bytes, or with a vocabulary that lies beside its token files, or
+    with that of the checkpoint that it started from. None where it has no text, or nothing says which vocabulary.
+    """
+    data, model = DataConfig(**config["data"]), ModelConfig(**config["model"])
+    if data.source == "task":
+        return None
+    if data.source != "tokens":
+        return TextCodec.of(ByteTokenizer(), model.vocab_size)
+    for path in filter(None, (data.path, config.get("conversion", {}).get("start"))):
+        if Path(path).exists():
+            try:
+                return TextCodec.of(vocabulary_of(Path(path), model).tokenizer, model.vocab_size, data.bos_id)
+            except (ValueError, OSError):  # of token files alone
+                continue
+    return None
 
 
 class Vocabulary(NamedTuple):
@@ -101,9 +123,8 @@ def vocabulary_of(path: Path, config: ModelConfig) -> Vocabulary:
     return Vocabulary(tokenizer, tuple(ids))
 
 
-def _encoder(path: Path, config: ModelConfig) -> tuple[Callable[[bytes], np.ndarray], bool]:
+def _encoder(tokenizer, config: ModelConfig) -> tuple[Callable[[bytes], np.ndarray], bool]:
     """Bytes -> ids, and whether those are bytes."""
-    tokenizer = vocabulary_of(path, config).tokenizer
     if not isinstance(tokenizer, ByteTokenizer):
         return tokenizer.encode, False
     has_opener = config.vocab_size == tokenizer.vocab_size

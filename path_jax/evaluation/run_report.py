@@ -153,19 +153,6 @@ def summary_table(summary: Mapping[str, Any]) -> Table:
     return table
 
 
-def results_table(results: Mapping[str, Mapping[str, float]]) -> Table:
-    """Returns {evaluator: {metric: value}} as a table; metrics of many heads (`beta/layer0/head0`) become one mean."""
-    table = Table("evaluator", "metric", "value")
-    for name, metrics in results.items():
-        groups: dict[str, list[float]] = {}
-        for metric, value in metrics.items():
-            groups.setdefault(metric.split("/")[0], []).append(value)
-        for metric, values in groups.items():
-            label = metric if metric in metrics else f"{metric} (mean of {len(values)})"
-            table.add_row(name, label, report.format_value(float(np.mean(values))))
-    return table
-
-
 def length_curve(config: Mapping[str, Any], length: Mapping[str, float]) -> report.Curve | None:
     """Returns the figure of a `length` evaluation, or None without one."""
     points = {int(match[1]): value for key, value in length.items() if (match := re.fullmatch(r"loss_at_(\d+)", key))}

@@ -10,12 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from path_jax.data import Corpus, Document, TaskStream
+from path_jax.data import ByteTokenizer, Corpus, Document, TaskStream
 from path_jax.evaluation.byte_baselines import gzip_bits_per_byte, order3_bits_per_byte
 from path_jax.evaluation.gates import GateStatistics
 from path_jax.evaluation.length_extrapolation import LossByPosition
+from path_jax.evaluation.long_context import Babilong, LongContext, NeedleInHaystack, PhoneBookLookup, Ruler
 from path_jax.evaluation.perplexity import Perplexity
 from path_jax.evaluation.task_accuracy import TaskAccuracy
+from path_jax.evaluation.text_codec import TextCodec
 from path_jax.models import DecoderLM
 
 Evaluator = Callable[[Mapping[str, Any]], dict[str, float]]
@@ -69,6 +71,10 @@ EVALUATORS = {
     "gates": GateStatistics,
     "byte_baselines": ByteBaselines,
     "task": TaskAccuracy,
+    "needle": NeedleInHaystack,
+    "ruler": Ruler,
+    "babilong": Babilong,
+    "phonebook": PhoneBookLookup,
 }
 
 
@@ -79,18 +85,20 @@ def make_evaluators(
     sequence_length: int,
     *,
     names: Iterable[str] | None = None,
+    codec: TextCodec | None = None,
 ) -> dict[str, Evaluator]:
     """Builds evaluators on the held-out side of a corpus.
 
     Args:
       section: {evaluator: {option: integer}}. An option that is missing or None takes its default: perplexity reads
-        windows of `sequence_length` at half that stride, length has `sequence_length` as its training length, and gates
-        reads `sequence_length` tokens.
+        windows of `sequence_length` at half that stride, length and those that ask questions have `sequence_length` as
+        their training length, and gates reads `sequence_length` tokens.
       model: The language model.
       corpus: The text, or the task; its train side is used by byte_baselines only.
       sequence_length: Of training.
       names: Evaluators to build, those of `section` by default. Others in `section` still count: byte_baselines scores
         the bytes of the section's perplexity options, listed here or not.
+      codec: The tokenizer, for those that ask questions; by default bytes, for models with 256 or 257 ids.
 
     Returns:
       {name: evaluator} in the order of `names`.
@@ -108,7 +116,9 @@ def make_evaluators(
         if isinstance(corpus.heldout, TaskStream) and name != "task":
             raise ValueError(f"evaluator {name} reads text, and this run's data is a synthetic task; use task")
         if name == "byte_baselines":
-            return ByteBaselines(corpus.train, make("perplexity"), **given)
+            perplexity = make("perplexity")
+            _as_bytes(perplexity.scored_tokens()[0])
+            return ByteBaselines(corpus.train, perplexity, **given)
         window = given.get("window", sequence_length)
         defaults = {
             "perplexity": {"window": window, "stride": max(window // 2, 1)},
@@ -116,11 +126,43 @@ def make_evaluators(
             "gates": {"length": sequence_length},
         }
         try:
+            if issubclass(EVALUATORS[name], LongContext):
+                known = codec or _byte_codec(model)
+                return EVALUATORS[name](model, corpus.heldout, known, **({"train_length": sequence_length} | given))
             return EVALUATORS[name](model, corpus.heldout, **(defaults.get(name, {}) | given))
         except ValueError as error:
             raise ValueError(f"evaluator {name}: {error}") from error
 
     return {name: make(name) for name in names}
+
+
+def make_all_evaluators(
+    section: Mapping[str, Mapping[str, int | None]],
+    model: DecoderLM,
+    corpus: Corpus,
+    sequence_length: int,
+    *,
+    codec: TextCodec | None = None,
+) -> tuple[dict[str, Evaluator], dict[str, str]]:
+    """Builds every evaluator that applies to the model and its corpus.
+
+    Args:
+      section, model, corpus, sequence_length, codec: See `make_evaluators`.
+
+    Returns:
+      {name: evaluator}, and {name: reason} of the others.
+
+    Raises:
+      ValueError: for an unknown evaluator or option, or a corpus that is not the model's.
+    """
+    make = functools.partial(make_evaluators, section, model, corpus, sequence_length, codec=codec)
+    made, reasons = make(names=[]), {}
+    for name in EVALUATORS:
+        try:
+            made |= make(names=[name])
+        except ValueError as error:
+            reasons[name] = str(error)
+    return made, reasons
 
 
 def run(
@@ -159,6 +201,13 @@ def _checked_options(name: str, options: Mapping[str, Any]) -> dict[str, int]:
         if value is not None and type(value) is not int:
             raise ValueError(f"evaluator {name}: {option}={value!r} must be an integer")
     return {option: value for option, value in options.items() if value is not None}
+
+
+def _byte_codec(model: DecoderLM) -> TextCodec:
+    tokenizer, num_ids = ByteTokenizer(), model.config.vocab_size
+    if num_ids not in (tokenizer.bos_id, tokenizer.vocab_size):
+        raise ValueError(f"it needs the tokenizer of this model with {num_ids} ids")
+    return TextCodec.of(tokenizer, num_ids)
 
 
 def _as_bytes(tokens: np.ndarray) -> bytes:
