@@ -37,7 +37,7 @@ def forward(model, params, rows):
     return np.asarray(log_p)
 
 
-@pytest.mark.parametrize("mixer", ["path_fox", "deltanet"])
+@pytest.mark.parametrize("mixer", ["path_fox", pytest.param("deltanet", marks=pytest.mark.slow)])
 def test_losses_are_those_of_the_full_forward_pass(mixer):
     model, params = make(mixer)
     losses = Reader(model, params, batch_size=2, max_length=200, chunk=48).losses(ROWS)

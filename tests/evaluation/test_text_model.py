@@ -48,7 +48,14 @@ def some_pairs():
     return [*pairs, (short, first), (short, second), pairs[0], (draw(20), draw(40))]
 
 
-@pytest.mark.parametrize("share, max_length", [("never", 2048), ("worth it", 50), ("always", 50)])
+@pytest.mark.parametrize(
+    "share, max_length",
+    [
+        ("worth it", 50),
+        pytest.param("never", 2048, marks=pytest.mark.slow),
+        pytest.param("always", 50, marks=pytest.mark.slow),
+    ],
+)
 def test_scores_equal_the_forward_pass(share, max_length, monkeypatch):
     model = make(max_length=max_length)
     if share != "worth it":
@@ -81,6 +88,7 @@ def test_a_shared_context_is_read_once(monkeypatch):
     assert reads == [(3, 64)] and scores == [(3, 16)] * 5
 
 
+@pytest.mark.slow
 def test_learned_positions_bound_every_length():
     _, config = MODELS["gpt2"]
     model = TextModel(config, random_params(config), ByteTokenizer(), batch_size=2)

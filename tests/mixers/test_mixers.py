@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 
 import flax.linen as nn
 import jax
@@ -92,7 +93,7 @@ def build(make, **options):
 
 
 # Every mixer, and of the options those that change the most.
-FAST = (*MIXERS, "fox pro", "path_fox, qk_norm, gate times scale")
+FAST = (*MIXERS, "fox pro")
 
 
 @pytest.fixture(
@@ -304,7 +305,9 @@ def test_pieces_equal_the_whole(mixer):
     x = inputs(length=length)
     cache = mixer.module.init_state(2, length, WIDTH, superchunk=64)
     starts, outputs, rng = np.zeros(2, int), np.zeros_like(x), np.random.default_rng(0)
-    for step in range(60):
+    for step in itertools.count():
+        if (starts == length).all():
+            break
         lengths = np.minimum(rng.integers(0, 2 if step % 3 else width + 1, 2), length - starts)
         piece = np.full((2, width, WIDTH), 9.0, np.float32)
         for row in range(2):
@@ -313,7 +316,6 @@ def test_pieces_equal_the_whole(mixer):
         for row in range(2):
             outputs[row, starts[row] : starts[row] + lengths[row]] = out[row, : lengths[row]]
         starts += lengths
-    assert (starts == length).all()
     assert_close(outputs, mixer(x), 1e-4)
 
 
