@@ -32,6 +32,7 @@ class Curve:
       series: {name: (x, y)}, both of one length.
       log_x, log_y: Logarithmic axes.
       vertical_lines: {label: x}, dashed.
+      x_names: Names of x = 0, 1, ..., where they are not numbers.
     """
 
     title: str
@@ -41,6 +42,7 @@ class Curve:
     log_x: bool = False
     log_y: bool = False
     vertical_lines: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    x_names: Sequence[str] = ()
 
     def __post_init__(self):
         for name, (x, y) in self.series.items():
@@ -56,6 +58,7 @@ class HeatMap:
       title: Heading; names the CSV file. x_label: of columns; y_label: of rows.
       values: [rows, columns], not empty.
       value_label: What the colours mean.
+      x_names, y_names: Of columns and rows, instead of numbers.
     """
 
     title: str
@@ -63,11 +66,16 @@ class HeatMap:
     y_label: str
     values: Any
     value_label: str
+    x_names: Sequence[str] = ()
+    y_names: Sequence[str] = ()
 
     def __post_init__(self):
         shape = np.shape(self.values)
         if len(shape) != 2 or 0 in shape:
             raise ValueError(f"values of {self.title!r} have shape {shape}; give [rows, columns]")
+        for names, size in ((self.y_names, shape[0]), (self.x_names, shape[1])):
+            if names and len(names) != size:
+                raise ValueError(f"{self.title!r} has {size} rows or columns and the names {', '.join(names)}")
 
 
 Figure = Curve | HeatMap
@@ -165,6 +173,8 @@ def _draw_curve(axes, figure: Curve) -> None:
         )  # fmt: skip
     for label, x in figure.vertical_lines.items():
         axes.axvline(x, label=label, color="0.4", linewidth=1, linestyle="--")
+    if figure.x_names:
+        axes.set_xticks(range(len(figure.x_names)), figure.x_names, fontsize="small")
     if figure.log_x:
         axes.set_xscale("log")
     if figure.log_y:
@@ -179,8 +189,12 @@ def _draw_heat_map(axes, figure: HeatMap) -> None:
     values = np.asarray(figure.values, float)
     image = axes.imshow(values, aspect="auto")
     axes.figure.colorbar(image, ax=axes, label=figure.value_label)
-    for axis, size in ((axes.xaxis, values.shape[1]), (axes.yaxis, values.shape[0])):
-        axis.set_ticks(range(0, size, math.ceil(size / 16)))
+    for axis, size, names in (
+        (axes.xaxis, values.shape[1], figure.x_names),
+        (axes.yaxis, values.shape[0], figure.y_names),
+    ):
+        places = range(0, size, math.ceil(size / 16))
+        axis.set_ticks(places, [names[place] for place in places] if names else None)
     if values.size <= _MAX_ANNOTATED_CELLS:
         middle = (np.nanmin(values) + np.nanmax(values)) / 2 if np.isfinite(values).any() else 0
         for (row, column), value in np.ndenumerate(values):

@@ -1,8 +1,8 @@
 """A resumable grid of runs: `python -m path_jax.sweep --config=FILE --vary KEY=A,B,... --output=DIR`.
 
 Runs every combination of the varied settings, each in DIR/runs/KEY=VALUE,..., and gathers their results in
-DIR/results.csv (a row per run and metric) and DIR/table.md (means over the seeds). The same command continues a sweep
-that was interrupted, and skips what is done.
+DIR/results.csv (a row per run and metric), DIR/table.md (means over the seeds) and DIR/report.html (the table, training
+loss and errors by level as curves). The same command continues a sweep that was interrupted, and skips what is done.
 
 A KEY without a dot is an argument of the configuration file, one with dots a value inside it, as in optim.lr. `seed` is
 what the table averages over. --select KEY=A,B,... chooses a value before the grid is run: each combination of the other
@@ -28,10 +28,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from path_jax.report import format_value, write_file
+from path_jax.metrics import read_metrics
+from path_jax.report import Curve, format_value, write_file, write_report
 
 # Two-sided 95 % points of Student's t with 1, 2, ... degrees of freedom.
 _T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
@@ -196,7 +198,61 @@ class Sweep:
         table = Table(*header)
         for row in rows:
             table.add_row(*row)
+        figures = [figure for figure in (self._loss_curve(runs), *self._level_curves(runs)) if figure]
+        try:
+            write_report(
+                self._output,
+                title=f"Sweep: {self._config}",
+                summary={},
+                figures=figures,
+                texts={"Results": "\n".join(lines)},
+            )
+        except ImportError as error:
+            print(f"no report.html: {error}", file=sys.stderr)
         return table
+
+    def _groups(self, runs):
+        """{settings other than the seed, as a name: finished runs}."""
+        groups: dict[str, list[Run]] = {}
+        for run in runs:
+            if self.results(run) is not None:
+                name = ", ".join(value for _, value in run.without("seed")) or "all"
+                groups.setdefault(name, []).append(run)
+        return groups
+
+    def _loss_curve(self, runs) -> Curve | None:
+        """Means over the seeds, at a hundred points of training."""
+        series = {}
+        for name, members in self._groups(runs).items():
+            losses = [
+                [record["loss"] for record in read_metrics(self.folder(run) / "metrics.jsonl")] for run in members
+            ]
+            if num_steps := min(map(len, losses)):
+                edges = np.unique(np.linspace(0, num_steps, 101).astype(int))
+                mean = np.mean([loss[:num_steps] for loss in losses], axis=0)
+                series[name] = (edges[1:].tolist(), [mean[a:b].mean() for a, b in zip(edges, edges[1:])])
+        return Curve("Training loss", "step", "loss [nats]", series, log_y=True) if series else None
+
+    def _level_curves(self, runs) -> list[Curve]:
+        """One for each variant of a synthetic task: mean error over the seeds by level."""
+        errors: dict[str, dict[str, dict[str, list[float]]]] = {}
+        for name, members in self._groups(runs).items():
+            for run in members:
+                for metric, value in self.results(run).items():
+                    if metric.startswith("task/") and metric.count("/") == 3:
+                        _, variant, _, level = metric.split("/")
+                        errors.setdefault(variant, {}).setdefault(name, {}).setdefault(level, []).append(value)
+        figures = []
+        for variant, groups in errors.items():
+            levels = list(dict.fromkeys(level for found in groups.values() for level in found))
+            series = {
+                name: ([levels.index(level) for level in found], [statistics.fmean(x) for x in found.values()])
+                for name, found in groups.items()
+            }
+            figures.append(
+                Curve(f"Error by level: {variant}", "level", "share of wrong answers", series, x_names=levels)
+            )
+        return figures
 
     def _stage(self, stage, runs):
         """Runs of this command in the grid; of the selection, whatever has been run."""

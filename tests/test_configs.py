@@ -84,6 +84,13 @@ def test_task_configurations_fit_their_tasks(module, arguments, sizes):
         TaskAccuracy(experiment.model, experiment.corpus.heldout, **options)
 
 
+def test_attention_mixers_that_track_have_the_same_number_of_parameters():
+    count = lambda mixer: count_parameters(ModelConfig(**tracking.get_config(f"mixer={mixer}").model.to_dict()))
+    expected = count("path_fox")
+    for mixer in ("path", "fox", "rope", "nope", "stick_breaking"):
+        assert abs(count(mixer) / expected - 1) < 0.002, mixer
+
+
 def test_a_task_trains_two_steps(tmp_path):
     config = tracking.get_config("size=debug,mixer=nope")
     config.train.num_steps = 2

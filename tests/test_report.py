@@ -19,7 +19,7 @@ CURVE = Curve(
     log_x=True,
     vertical_lines={"half": 50},
 )
-MAP = HeatMap("Gate", "head", "layer", np.arange(6.0).reshape(2, 3), "mean")
+MAP = HeatMap("Gate", "head", "layer", np.arange(6.0).reshape(2, 3), "mean", y_names=("first", "second"))
 PNG = b"\x89PNG\r\n"
 
 
@@ -124,3 +124,5 @@ def test_bad_figures():
         Curve("t", "x", "y", {"a": ([1, 2], [1])})
     with pytest.raises(ValueError, match=r"shape \(3,\)"):
         HeatMap("t", "x", "y", [1, 2, 3], "v")
+    with pytest.raises(ValueError, match="has 3 rows or columns and the names a, b"):
+        HeatMap("t", "x", "y", [[1, 2, 3]], "v", x_names=("a", "b"))

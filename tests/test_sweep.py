@@ -36,7 +36,14 @@ def test_settings_that_do_not_exist_are_errors(settings):
 def finish(sweep, run, error):
     folder = sweep.folder(run)
     folder.mkdir(parents=True)
-    (folder / "results.json").write_text(json.dumps({"task": {"in_distribution/error": error}}))
+    metrics = {
+        "in_distribution/error": error,
+        "in_distribution/error/1 back": error,
+        "in_distribution/error/2 back": 0.5,
+    }
+    (folder / "results.json").write_text(json.dumps({"task": metrics}))
+    records = ({"step": step + 1, "loss": error + 1 / (step + 1)} for step in range(150))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
 
 
 def test_the_least_metric_is_chosen_and_done_runs_stay(tmp_path):
@@ -54,8 +61,13 @@ def test_the_least_metric_is_chosen_and_done_runs_stay(tmp_path):
     assert [list(column.cells) for column in table.columns][:3] == [["path"], ["1e-2"], ["2"]]
     with (tmp_path / "results.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert [row["stage"] for row in rows] == ["select"] * 4 + ["runs"] * 2
-    assert float(rows[-1]["value"]) == 0.03 and rows[-1]["mixer"] == "path"
+    assert [row["stage"] for row in rows] == ["select"] * 12 + ["runs"] * 6
+    assert float(rows[-3]["value"]) == 0.03 and rows[-3]["mixer"] == "path"
+    with (tmp_path / "training_loss.csv").open() as file:
+        points = [(int(row["x"]), float(row["y"])) for row in csv.DictReader(file)]
+    assert len(points) == 100 and points[0] == (1, pytest.approx(1.02)) and points[-1][0] == 150
+    with (tmp_path / "error_by_level_in_distribution.csv").open() as file:
+        assert [float(row["y"]) for row in csv.DictReader(file)] == [pytest.approx(0.02), 0.5]
     assert "| path | 1e-2 | 2 | 0.02 +- 0.1271 |" in (tmp_path / "table.md").read_text()
 
 

@@ -155,10 +155,12 @@ def _heat_maps(evaluated) -> list[report.HeatMap]:
             figures.append(
                 report.HeatMap(
                     f"{task}, {label}" if len(evaluated) > 1 else task,
-                    f"prompt [tokens]: {', '.join(map(str, lengths))}",
-                    f"depth, from the top: {', '.join(depths)}",
+                    "prompt [tokens]",
+                    "depth",
                     values,
                     "share of answers found",
+                    x_names=[str(length) for length in lengths],
+                    y_names=depths,
                 )
             )
     return figures
