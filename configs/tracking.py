@@ -8,8 +8,8 @@ Argument: size = cpu | debug, task = code_variables | boxes, mixer = one of comm
 
 A row is a program of assignments, copies, conditions and prints, or an English text of moves and questions; only the
 answers are learned and scored. Trained at one length, evaluated there and at two and four times it. Attention mixers
-have the same number of parameters: those without reflections and gates have a wider MLP. The settings are ours; the question
-is the one that opens the PaTH paper.
+have the same number of parameters: those without reflections and gates have a wider MLP. The settings are ours;
+the question is the one that opens the PaTH paper.
 """
 
 from configs import common

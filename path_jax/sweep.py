@@ -20,6 +20,7 @@ import json
 import math
 import operator
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -96,6 +97,7 @@ class Sweep:
 
     def __init__(self, config: str, output: Path, *, jobs: int, metric: str):
         self.failures: list[str] = []
+        self._processes: set[subprocess.Popen] = set()
         self._config, self._output, self._jobs, self._metric = config, output, jobs, metric
         self._cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
 
@@ -136,7 +138,10 @@ class Sweep:
                     left = (time.monotonic() - start) / count * (len(missing) - count)
                     print(f"{run.stage} {count}/{len(missing)}  {run.name}  {said}  ETA {left:.0f} s", file=sys.stderr)
             except KeyboardInterrupt:
-                pool.shutdown(cancel_futures=True)
+                for future in futures:
+                    future.cancel()
+                for process in list(self._processes):
+                    process.terminate()  # saves and ends
                 raise
 
     def _run(self, run: Run, cores) -> str | None:
@@ -150,9 +155,12 @@ class Sweep:
             command = [sys.executable, "-m", "path_jax.run", str(config), str(folder)]
             # Runs that differ by the seed are one program.
             cache = {"JAX_COMPILATION_CACHE_DIR": str(self._output.resolve() / "compilation_cache")}
-            status = subprocess.run(
-                command, stdout=stream, stderr=stream, preexec_fn=pin, env=cache | os.environ, check=False
-            ).returncode
+            process = subprocess.Popen(  # of a session of its own: Ctrl-C is for the sweep, which lets runs save first
+                command, stdout=stream, stderr=stream, preexec_fn=pin, env=cache | os.environ, start_new_session=True
+            )
+            self._processes.add(process)
+            status = process.wait()
+            self._processes.discard(process)
         if status == 0:
             return None
         lines = log.read_text().strip().splitlines()
@@ -338,9 +346,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         Console().print(sweep.write(grid, [name for name in args.table.split(",") if name]))
     except (ValueError, OSError, ImportError) as error:
         sys.exit(f"path_jax.sweep: {' '.join(str(error).split())}")
+    except KeyboardInterrupt:
+        sys.exit("path_jax.sweep: stopped; what ran is saved, the same command continues")
     if sweep.failures:
         sys.exit(f"path_jax.sweep: {len(sweep.failures)} runs failed; the last one: {sweep.failures[-1]}")
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     main()

@@ -3,6 +3,9 @@
 import csv
 import json
 import math
+import subprocess
+import sys
+import time
 
 import pytest
 
@@ -91,6 +94,22 @@ def test_bad_arguments_end_in_one_line(arguments, reason, tmp_path):
     with pytest.raises(SystemExit, match=reason):
         main(["--config", CONFIG, "--output", str(tmp_path / "sweep"), *arguments])
     assert not (tmp_path / "sweep").exists()
+
+
+@pytest.mark.slow
+def test_an_interrupted_sweep_saves_its_runs(tmp_path):
+    command = [sys.executable, "-m", "path_jax.sweep", "--config", CONFIG, "--vary", "mixer=nope", "--vary"]
+    command += ["train.num_steps=100000", "--vary", "optim.warmup_steps=1", "--output", str(tmp_path)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    records = tmp_path / "runs" / "mixer=nope,train.num_steps=100000,optim.warmup_steps=1" / "metrics.jsonl"
+    while not (records.exists() and records.read_text().count("\n") > 20):
+        assert process.poll() is None
+        time.sleep(0.1)
+    process.terminate()
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1 and "the same command continues" in errors
+    (saved,) = (path.name for path in (records.parent / "checkpoints").iterdir() if path.name.isdigit())
+    assert int(saved) >= 20
 
 
 @pytest.mark.slow
