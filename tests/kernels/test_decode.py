@@ -90,7 +90,7 @@ def test_pieces_equal_the_whole(kind):
 @pytest.mark.parametrize(
     "kind, width",
     [
-        ("path_fox", 1),
+        ("fox", 1),
         *(pytest.param(kind, width, marks=pytest.mark.slow) for kind in (*KINDS, "pruned") for width in (1, 24)),
     ],
 )

@@ -195,6 +195,7 @@ def test_only_hopper_is_accepted():
     assert "8.0" in reasons["a100"] and "10.0" in reasons["b200"]
 
 
+@pytest.mark.slow
 def test_self_test_finds_wrong_kernels():
     xla = xla_operation.refuses, xla_operation.forward, xla_operation.backward
     assert self_test.disagreement(*xla) is None

@@ -15,7 +15,10 @@ from path_jax.training.experiment import make_experiment
 from path_jax.training.objectives import language_modelling
 
 
-@pytest.mark.parametrize("name", ["fla-path-fox", "fox-pro", "llama", "gpt2", "gguf"])
+@pytest.mark.parametrize(
+    "name",
+    ["fla-path-fox", "gguf", *(pytest.param(name, marks=pytest.mark.slow) for name in ("fox-pro", "llama", "gpt2"))],
+)
 def test_one_more_step(name, tmp_path):
     if name == "gguf":
         checkpoint = write_gguf(tmp_path / "model.gguf", random_params(GGUF), "Q8_0")
