@@ -21,6 +21,7 @@ _PANEL_SIZE = (6.4, 4.2)  # inches
 _DPI = 120
 _MAX_ANNOTATED_CELLS = 64
 _MAX_LEGEND = 8  # names in a legend
+_MAX_NAMED_PLACES = 10  # ticks of a logarithmic axis that are the data's own
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +34,7 @@ class Curve:
       log_x, log_y: Logarithmic axes.
       vertical_lines: {label: x}, dashed.
       x_names: Names of x = 0, 1, ..., where they are not numbers.
+      y_range: Of the axis, where the data's own would mislead; shares have (0, 1).
     """
 
     title: str
@@ -43,6 +45,7 @@ class Curve:
     log_y: bool = False
     vertical_lines: Mapping[str, float] = dataclasses.field(default_factory=dict)
     x_names: Sequence[str] = ()
+    y_range: tuple[float, float] | None = None
 
     def __post_init__(self):
         for name, (x, y) in self.series.items():
@@ -59,6 +62,7 @@ class HeatMap:
       values: [rows, columns], not empty.
       value_label: What the colours mean.
       x_names, y_names: Of columns and rows, instead of numbers.
+      value_range: What the ends of the colours mean; the data's own range by default.
     """
 
     title: str
@@ -68,6 +72,7 @@ class HeatMap:
     value_label: str
     x_names: Sequence[str] = ()
     y_names: Sequence[str] = ()
+    value_range: tuple[float, float] | None = None
 
     def __post_init__(self):
         shape = np.shape(self.values)
@@ -177,6 +182,13 @@ def _draw_curve(axes, figure: Curve) -> None:
         axes.set_xticks(range(len(figure.x_names)), figure.x_names, fontsize="small")
     if figure.log_x:
         axes.set_xscale("log")
+        places = sorted({x for xs, _ in figure.series.values() for x in xs})
+        if len(places) <= _MAX_NAMED_PLACES:  # powers of ten would name none of them
+            axes.set_xticks(places, [format_value(x) for x in places], fontsize="small")
+            axes.set_xticks([], minor=True)
+    if figure.y_range:
+        margin = 0.03 * (figure.y_range[1] - figure.y_range[0])
+        axes.set_ylim(figure.y_range[0] - margin, figure.y_range[1] + margin)
     if figure.log_y:
         axes.set_yscale("log")
     if len(figure.series) + len(figure.vertical_lines) > 1:
@@ -187,7 +199,8 @@ def _draw_curve(axes, figure: Curve) -> None:
 
 def _draw_heat_map(axes, figure: HeatMap) -> None:
     values = np.asarray(figure.values, float)
-    image = axes.imshow(values, aspect="auto")
+    low, high = figure.value_range or (None, None)
+    image = axes.imshow(values, aspect="auto", vmin=low, vmax=high)
     axes.figure.colorbar(image, ax=axes, label=figure.value_label)
     for axis, size, names in (
         (axes.xaxis, values.shape[1], figure.x_names),
@@ -196,7 +209,7 @@ def _draw_heat_map(axes, figure: HeatMap) -> None:
         places = range(0, size, math.ceil(size / 16))
         axis.set_ticks(places, [names[place] for place in places] if names else None)
     if values.size <= _MAX_ANNOTATED_CELLS:
-        middle = (np.nanmin(values) + np.nanmax(values)) / 2 if np.isfinite(values).any() else 0
+        middle = sum(image.get_clim()) / 2 if np.isfinite(values).any() else 0
         for (row, column), value in np.ndenumerate(values):
             color = "white" if value <= middle else "black"  # the map runs from dark to light
             axes.text(column, row, f"{value:.3g}", ha="center", va="center", color=color, fontsize="small")

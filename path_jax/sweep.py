@@ -258,7 +258,14 @@ class Sweep:
                 for name, found in groups.items()
             }
             figures.append(
-                Curve(f"Error by level: {variant}", "level", "share of wrong answers", series, x_names=levels)
+                Curve(
+                    f"Error by level: {variant}",
+                    "level",
+                    "share of wrong answers",
+                    series,
+                    x_names=levels,
+                    y_range=(0, 1),
+                )
             )
         return figures
 

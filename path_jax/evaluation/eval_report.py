@@ -135,7 +135,9 @@ def _accuracy_curves(evaluated) -> list[report.Curve]:
                     y.append(value)
         if series:
             title = f"Accuracy by length: {evaluator}"
-            figures.append(report.Curve(title, "prompt [tokens]", "share of answers found", series, log_x=True))
+            figures.append(
+                report.Curve(title, "prompt [tokens]", "share of answers found", series, log_x=True, y_range=(0, 1))
+            )
     return figures
 
 
@@ -161,6 +163,7 @@ def _heat_maps(evaluated) -> list[report.HeatMap]:
                     "share of answers found",
                     x_names=[str(length) for length in lengths],
                     y_names=depths,
+                    value_range=(0, 1),
                 )
             )
     return figures
