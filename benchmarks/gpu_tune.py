@@ -39,17 +39,19 @@ def milliseconds(kernel: str, length: int, head_dim: int) -> float:
 
 def best(kernel: str, length: int, head_dim: int, key) -> triton_call.Blocks:
     """The candidate that takes the least time; `key` is its place in the table."""
-    times, before = {}, triton_call.BLOCKS.get(key)
+    times, last = {}, None
     for blocks in CANDIDATES:
         triton_call.BLOCKS[key] = blocks
         try:
             times[blocks] = milliseconds(kernel, length, head_dim)
-        except Exception as error:  # of compiler or driver: not a candidate on this GPU
-            print(f"  {tuple(blocks)}: {str(error).strip().splitlines()[0][:100]}", flush=True)
+        # Compiler, assembler and driver have no error in common. A mistake of ours fails all candidates, and is raised.
+        except Exception as error:
+            last = error
+            print(f"  {tuple(blocks)}: {type(error).__name__}: {str(error)[:100]!r}", flush=True)
         else:
             print(f"  {tuple(blocks)}: {times[blocks]:.3f} ms", flush=True)
     if not times:
-        raise RuntimeError(f"no blocks of {kernel} run on this GPU; they were {before}")
+        raise RuntimeError(f"no blocks of {kernel} run on this GPU") from last
     return min(times, key=times.get)
 
 

@@ -1,11 +1,11 @@
 """Synthetic tasks: examples by number, answers that a slow reading of the row finds too, and fair draws."""
 
 import dataclasses
-import itertools
 import re
 
 import numpy as np
 import pytest
+from data.slow_readers import slow_answers
 
 from path_jax.data import TASKS, Batch, TaskStream, as_batch, as_text, make_task
 from path_jax.data.boxes import Boxes
@@ -13,8 +13,8 @@ from path_jax.data.code_variables import CodeVariables
 from path_jax.data.draws import Draws
 from path_jax.data.examples import Examples, cut_examples
 from path_jax.data.flip_flop import IGNORE, ONE, READ, WRITE, ZERO, FlipFlop
-from path_jax.data.group_words import GroupWords, multiplication_table
-from path_jax.data.recall import FORGET, NONE, MultiQueryRecall, RepeatedRecall
+from path_jax.data.group_words import GroupWords
+from path_jax.data.recall import MultiQueryRecall, RepeatedRecall
 
 NUM_ROWS = 200
 CASES = {
@@ -41,131 +41,6 @@ each_case = pytest.mark.parametrize("task", CASES.values(), ids=CASES)
 
 def examples_of(task, count=NUM_ROWS, seed=3):
     return task.examples(seed, np.arange(count))
-
-
-def halvings(distance):
-    return distance.bit_length() - 1
-
-
-def flip_flop_answers(task, tokens):
-    for t, token in enumerate(tokens):
-        if token == WRITE:
-            written = t
-        if token == READ:
-            yield t, tokens[written + 1], halvings((t - written) // 2)
-
-
-def permutations_of(group):
-    elements = list(itertools.permutations(range(int(group[1:]))))
-    sign = lambda p: np.linalg.det(np.eye(len(p))[list(p)])
-    return [p for p in elements if group[0] == "s" or sign(p) > 0]
-
-
-def group_answers(task, tokens):
-    if task.group == "z5":
-        assert set(tokens) <= {0, 1}
-        for t in range(len(tokens)):
-            yield t, sum(tokens[: t + 1]) % 5, halvings(t + 1)
-        return
-    elements = permutations_of(task.group)
-    product = tuple(range(len(elements[0])))
-    for t, token in enumerate(tokens):
-        product = tuple(product[i] for i in elements[token])
-        yield t, elements.index(product), halvings(t + 1)
-
-
-def repeated_answers(task, tokens):
-    history = {}
-    for t in range(0, len(tokens), 2):
-        writings = history.setdefault(tokens[t], [])
-        if len(writings) >= task.back:
-            written = writings[-task.back]
-            yield t, tokens[written + 1], halvings((t - written) // 2)
-        writings.append(t)
-
-
-def multi_query_answers(task, tokens):
-    first_key = task.vocab_size - task.num_values - task.num_key_tokens
-    is_key = lambda token: first_key <= token < first_key + task.num_key_tokens
-    memory = {}
-    for t, token in enumerate(tokens):
-        if t < task.num_written:
-            if t % 2 and token == FORGET:
-                del memory[tokens[t - 1]]
-            elif t % 2:
-                assert tokens[t - 1] not in memory
-                memory[tokens[t - 1]] = token
-        elif is_key(token):
-            links = 0
-            while is_key(token):
-                token, links = memory.get(token, NONE), links + 1
-            yield t, token, task.hops if token == NONE else links - 1
-        else:
-            assert FORGET < token < first_key
-
-
-def run_program(text):
-    """Value and number of copies at each print of a program, the last line of which may be unfinished."""
-    variables, printed = {}, []
-
-    def assign(name, expression):
-        value, copies = variables.get(expression, (expression, -1))
-        variables[name] = value, copies + 1
-
-    for line in text.splitlines(keepends=True):
-        if match := re.fullmatch(r"print\((\w)\) # (\d*)\n?", line):
-            printed.append(variables[match[1]])
-            assert match[2] in ("", printed[-1][0])
-        elif match := re.fullmatch(r"(\w) = (\w+)\n", line):
-            assign(match[1], match[2])
-        elif match := re.fullmatch(r"if (\w) == (\d+): (\w) = (\d+)\n", line):
-            if variables[match[1]][0] == match[2]:
-                assign(match[3], match[4])
-        else:
-            assert not line.endswith("\n"), line
-    return printed
-
-
-def follow_story(text):
-    """Box and number of changes at each question, the last sentence may be unfinished."""
-    place, changes, asked = {}, {}, []
-    for line in text.splitlines(keepends=True):
-        if match := re.fullmatch(r"Where is the (\w+)\? Box (\d*)(\.\n)?", line):
-            asked.append((place[match[1]], changes[match[1]]))
-            assert match[2] in ("", asked[-1][0])
-        elif match := re.fullmatch(r"The (\w+) is in Box (\d+)\.\n", line):
-            place[match[1]], changes[match[1]] = match[2], 0
-        elif match := re.fullmatch(r"Move the (\w+) to Box (\d+)\.\n", line):
-            place[match[1]], changes[match[1]] = match[2], changes[match[1]] + 1
-        elif match := re.fullmatch(r"Swap Box (\d+) and Box (\d+)\.\n", line):
-            assert match[1] != match[2]
-            other = {match[1]: match[2], match[2]: match[1]}
-            for thing in place:
-                changes[thing] += place[thing] in other
-                place[thing] = other.get(place[thing], place[thing])
-        else:
-            assert not line.endswith("\n"), line
-    return asked
-
-
-def text_answers(task, tokens):
-    run, question = (run_program, ") # ") if isinstance(task, CodeVariables) else (follow_story, "? Box ")
-    words, places = task.words, [t for t, token in enumerate(tokens) if task.words[token] == question]
-    for t, (answer, level) in zip(places, run(as_text(words, tokens)), strict=True):
-        yield t, words.index(answer), min(level, 3)
-
-
-def slow_answers(task, tokens):
-    """{position: (answer, level)}, from the tokens alone."""
-    answers = {
-        FlipFlop: flip_flop_answers,
-        GroupWords: group_answers,
-        RepeatedRecall: repeated_answers,
-        MultiQueryRecall: multi_query_answers,
-        CodeVariables: text_answers,
-        Boxes: text_answers,
-    }[type(task)]
-    return {t: (answer, level) for t, answer, level in answers(task, tokens)}
 
 
 @each_case
@@ -319,40 +194,6 @@ def test_cut_examples_closes_gaps_and_drops_questions_without_an_answer():
     np.testing.assert_array_equal(rows.level, [[0, 6, 0], [0, 2, 0]])
 
 
-@pytest.mark.parametrize("group, order", [("s3", 6), ("a4", 12), ("s4", 24), ("a5", 60), ("s5", 120), ("z7", 7)])
-def test_tables_are_groups(group, order):
-    table, every = multiplication_table(group), np.arange(order)
-    assert table.shape == (order, order)
-    np.testing.assert_array_equal(table[0], every)
-    np.testing.assert_array_equal(table[:, 0], every)
-    np.testing.assert_array_equal(table[table[:, :, None], every], table[every[:, None, None], table])
-    for lines in table, table.T:  # every element once in each row and column: there are inverses
-        np.testing.assert_array_equal(np.sort(lines, axis=1), np.broadcast_to(every, table.shape))
-
-
-@pytest.mark.parametrize("group", ["a4", "s4", "a5"])
-def test_tables_multiply_permutations(group):
-    """As matrices do; products of even permutations are even."""
-    matrices = np.array([np.eye(len(p))[:, list(p)] for p in permutations_of(group)])
-    products = np.einsum("aij,bjk->abik", matrices, matrices)
-    np.testing.assert_array_equal(products, matrices[multiplication_table(group)])
-    assert group[0] == "s" or np.allclose(np.linalg.det(matrices), 1)
-
-
-def commutators(table):
-    """The elements of the subgroup that all a b a^-1 b^-1 generate."""
-    inverse = np.argmin(table, axis=1)
-    found = np.unique(table[table, table[inverse[:, None], inverse]])
-    while len(more := np.unique(table[found[:, None], found])) > len(found):
-        found = more
-    return found
-
-
-def test_a5_is_not_solvable():
-    """It is its own commutator subgroup, and that of S5; A4's is smaller."""
-    assert [len(commutators(multiplication_table(group))) for group in ("a5", "s5", "a4", "z6")] == [60, 60, 4, 1]
-
-
 def assert_shares(counts, shares):
     """Counts of independent draws, within 4 standard deviations."""
     counts, shares = np.asarray(counts), np.asarray(shares)
@@ -416,6 +257,28 @@ def test_the_papers_example_of_recall():
     assert slow_answers(RepeatedRecall(8, back=2), tokens) == {6: (11, 1)}
 
 
+def test_text_of_a_program():
+    task = CodeVariables(60)
+    assert as_text(task.words, [0, 15, 8, 16, 20, 0, 21, 8, 16, -1]) == "a = 3\nprint(a) # 3\n"
+    text = as_text(task.words, examples_of(task, 1).tokens[0])
+    assert sorted(line[0] for line in text.splitlines()[:5]) == list("abcde")
+
+
+def test_text_of_a_story():
+    task = Boxes(60)
+    text = as_text(task.words, examples_of(task, 1).tokens[0])
+    assert text.count(".\n") == 12
+    assert re.fullmatch(r"(The \w+ is in Box \d\.\n){6}((The|Move|Swap|Where) [^\n]*\d\.\n){6}", text)
+    assert len(set(re.findall(r"The (\w+)", text)[:6])) == 6
+
+
+@pytest.mark.parametrize("task", [CodeVariables(), Boxes()], ids=["code_variables", "boxes"])
+def test_every_level_occurs(task):
+    rows = examples_of(task, 300)
+    counts = np.bincount(rows.level[rows.weights > 0], minlength=len(task.levels))
+    assert (counts > 0.03 * counts.sum()).all()
+
+
 def test_draws_are_uniform_and_neighbours_independent():
     numbers = Draws(0, np.arange(400)).uniform(500)
     assert 0 <= numbers.min() and numbers.max() < 1
@@ -449,25 +312,3 @@ def test_integers_and_permutations():
     orders = draws.permutations(3, 2)
     assert (np.sort(orders, axis=-1) == np.arange(3)).all()
     assert_shares(np.unique(orders.reshape(-1, 3), axis=0, return_counts=True)[1], np.full(6, 1 / 6))
-
-
-def test_text_of_a_program():
-    task = CodeVariables(60)
-    assert as_text(task.words, [0, 15, 8, 16, 20, 0, 21, 8, 16, -1]) == "a = 3\nprint(a) # 3\n"
-    text = as_text(task.words, examples_of(task, 1).tokens[0])
-    assert sorted(line[0] for line in text.splitlines()[:5]) == list("abcde")
-
-
-def test_text_of_a_story():
-    task = Boxes(60)
-    text = as_text(task.words, examples_of(task, 1).tokens[0])
-    assert text.count(".\n") == 12
-    assert re.fullmatch(r"(The \w+ is in Box \d\.\n){6}((The|Move|Swap|Where) [^\n]*\d\.\n){6}", text)
-    assert len(set(re.findall(r"The (\w+)", text)[:6])) == 6
-
-
-@pytest.mark.parametrize("task", [CodeVariables(), Boxes()], ids=["code_variables", "boxes"])
-def test_every_level_occurs(task):
-    rows = examples_of(task, 300)
-    counts = np.bincount(rows.level[rows.weights > 0], minlength=len(task.levels))
-    assert (counts > 0.03 * counts.sum()).all()

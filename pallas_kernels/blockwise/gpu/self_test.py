@@ -79,7 +79,8 @@ class _Found(NamedTuple):
 def _difference(function, expected) -> str | None:
     try:
         found = function()
-    except Exception as error:  # whatever a compiler or driver may raise
+    # Compiler and driver have no error in common, and any is a reason to fall back, which `explain` then gives.
+    except Exception as error:
         return f"failed on this GPU: {type(error).__name__}: {error}"
     for name, x, y in zip(expected._fields, found, expected):
         error = 0 if x is None else np.abs(x - y).max() / np.abs(y).max()
