@@ -2,7 +2,8 @@
 
 Runs every combination of the varied settings, each in DIR/runs/KEY=VALUE,..., and gathers their results in
 DIR/results.csv (a row per run and metric), DIR/table.md (means over the seeds) and DIR/report.html (the table, training
-loss and errors by level as curves). The same command continues a sweep that was interrupted, and skips what is done.
+loss and errors by level as curves). The same command continues a sweep that was interrupted, and skips what is done;
+another grid with the same DIR adds to it.
 
 A KEY without a dot is an argument of the configuration file, one with dots a value inside it, as in optim.lr. `seed` is
 what the table averages over. --select KEY=A,B,... chooses a value before the grid is run: each combination of the other
@@ -189,8 +190,9 @@ class Sweep:
         ]
 
     def write(self, runs: Sequence[Run], metrics: Sequence[str]) -> Table:
-        """Writes results.csv and table.md, and returns the latter for a terminal."""
-        stages = [run for stage in ("select", "runs") for run in self._stage(stage, runs)]
+        """Writes results.csv and table.md, and returns the latter for a terminal. Other grids' runs are there too."""
+        runs = list(dict.fromkeys([*runs, *self._finished("runs", 1.0)]))
+        stages = [*self._finished("select", math.nan), *runs]
         keys = list(dict.fromkeys(key for run in stages for key, _ in run.settings))
         buffer = io.StringIO()
         writer = csv.writer(buffer, lineterminator="\n")
@@ -269,12 +271,11 @@ class Sweep:
             )
         return figures
 
-    def _stage(self, stage, runs):
-        """Runs of this command in the grid; of the selection, whatever has been run."""
-        if stage == "runs":
-            return runs
-        names = sorted(path.parent.name for path in self._output.glob("select/*/results.json"))
-        return [Run(stage, tuple(tuple(part.split("=", 1)) for part in name.split(",")), math.nan) for name in names]
+    def _finished(self, stage: str, share: float) -> list[Run]:
+        """What this command or an earlier one has run."""
+        names = sorted(path.parent.name for path in self._output.glob(f"{stage}/*/results.json"))
+        settings = lambda name: () if name == "run" else tuple(tuple(part.split("=", 1)) for part in name.split(","))
+        return [Run(stage, settings(name), share) for name in names]
 
     def _summary(self, runs, metrics):
         groups: dict[tuple, list[Mapping[str, float]]] = {}

@@ -69,7 +69,8 @@ def test_bad_arguments_name_the_choices():
     [
         (flip_flop, "", ("cpu", "paper")),
         (group_words, "", ("cpu", "paper")),
-        (group_words, "group=z7,layers=2", ("cpu",)),
+        (group_words, "group=a5", ("paper",)),
+        (group_words, "group=z7,generators=2,layers=2", ("cpu",)),
         (recall, "back=2", ("cpu", "paper")),
         (tracking, "task=code_variables", ("cpu",)),
         (tracking, "task=boxes", ("cpu",)),

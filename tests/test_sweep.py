@@ -72,6 +72,9 @@ def test_the_least_metric_is_chosen_and_done_runs_stay(tmp_path):
     with (tmp_path / "error_by_level_in_distribution.csv").open() as file:
         assert [float(row["y"]) for row in csv.DictReader(file)] == [pytest.approx(0.02), 0.5]
     assert "| path | 1e-2 | 2 | 0.02 +- 0.1271 |" in (tmp_path / "table.md").read_text()
+    other = run(mixer="fox", seed="0", lr="1e-3")  # of another grid in the same directory
+    finish(sweep, other, 0.5)
+    assert [list(column.cells) for column in sweep.write([other], []).columns][0] == ["fox", "path"]
 
 
 def test_intervals_are_those_of_students_t():

@@ -39,12 +39,16 @@ def multiplication_table(group: str) -> np.ndarray:
     if match[1] == "z":
         number = np.arange(size, dtype=np.int32)
         return (number[:, None] + number) % size
-    elements = list(itertools.permutations(range(size)))
-    if match[1] == "a":
-        is_even = lambda p: sum(a > b for a, b in itertools.combinations(p, 2)) % 2 == 0
-        elements = [p for p in elements if is_even(p)]
+    elements = _permutations(size, is_even=match[1] == "a")
     number = {p: i for i, p in enumerate(elements)}
     return np.array([[number[tuple(a[i] for i in b)] for b in elements] for a in elements], np.int32)
+
+
+def _permutations(size: int, is_even: bool) -> list[tuple[int, ...]]:
+    """In the order of their numbers; only the even ones if so asked."""
+    elements = itertools.permutations(range(size))
+    parity = lambda p: sum(a > b for a, b in itertools.combinations(p, 2)) % 2
+    return [p for p in elements if not (is_even and parity(p))]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,44 +56,65 @@ class GroupWords:
     """Tokens are elements x_1, x_2, ..., the answer after x_t is x_1 x_2 ... x_t.
 
     Args:
-      length: T, elements per row.
+      length: T, tokens per row.
       group: see `multiplication_table`.
-      generators: where it is not 0, draws only elements 0 (the unit) ... generators - 1; the answers are all elements.
-        Z_7 with two of them counts ones modulo 7.
+      generators: "all" elements, or fewer that the factors are drawn from; the answers are all elements. A number n
+        means the elements 0 (the unit) ... n - 1: Z_7 with two of them counts ones modulo 7. "swaps" are the
+        permutations that exchange two things, each of which is one reflection of the space in which every thing has an
+        axis.
+      start: each row begins with a token of its own, which is no factor and not scored. Nothing else tells a mixer
+        without positions which factor is the first.
     """
 
     length: int = 32
     group: str = "a5"
-    generators: int = 0
+    generators: int | str = "all"
+    start: bool = False
 
     def __post_init__(self):
+        if self.length < 1 + self.start:
+            raise ValueError(f"length={self.length} must be at least {1 + self.start}")
         order = len(multiplication_table(self.group))
-        if self.length < 1 or self.generators == 1 or not 0 <= self.generators <= order:
-            raise ValueError(
-                f"length={self.length} must be positive and generators={self.generators} 0 or in [2, {order}]"
-            )
+        if self.generators == "swaps":
+            if self.group[0] != "s" or order < 2:
+                raise ValueError(f"group={self.group!r} has no swaps")
+        elif self.generators != "all" and not (isinstance(self.generators, int) and 2 <= self.generators <= order):
+            raise ValueError(f"generators={self.generators!r} must be all, swaps or a number in [2, {order}]")
 
     @property
     def vocab_size(self) -> int:
-        """Order of the group."""
-        return len(multiplication_table(self.group))
+        """Order of the group, and one for the token at the start."""
+        return len(multiplication_table(self.group)) + self.start
+
+    @property
+    def _factors(self) -> np.ndarray:
+        """Elements that are drawn."""
+        table = multiplication_table(self.group)
+        if self.generators == "swaps":
+            elements = _permutations(int(self.group[1:]), is_even=False)
+            return np.array([i for i, p in enumerate(elements) if sum(j != x for j, x in enumerate(p)) == 2])
+        return np.arange(len(table) if self.generators == "all" else self.generators)
 
     @property
     def levels(self) -> tuple[str, ...]:
         """Numbers of factors."""
-        return tuple(f"{2**i}-{2 ** (i + 1) - 1} factors" for i in range(self.length.bit_length()))
+        return tuple(f"{2**i}-{2 ** (i + 1) - 1} factors" for i in range((self.length - self.start).bit_length()))
 
     def examples(self, seed: int, index: np.ndarray) -> Examples:
         """See `Task`."""
-        table, draws = multiplication_table(self.group), Draws(seed, index)
-        tokens = draws.integers(self.generators or len(table), self.length)
-        targets, product = np.empty_like(tokens), np.zeros(len(tokens), np.int64)
-        for t in range(self.length):
+        table, draws, factors = multiplication_table(self.group), Draws(seed, index), self._factors
+        first = int(self.start)
+        tokens = np.full((len(index), self.length), len(table), np.int32)
+        tokens[:, first:] = factors[draws.integers(len(factors), self.length - first)]
+        targets, product = np.zeros_like(tokens), np.zeros(len(tokens), np.int32)
+        weights, level = np.zeros(tokens.shape, np.float32), np.zeros_like(tokens)
+        for t in range(first, self.length):
             product = table[product, tokens[:, t]]
             targets[:, t] = product
-        level = np.broadcast_to(np.log2(np.arange(1, self.length + 1)).astype(np.int32), tokens.shape)
-        tokens, targets = tokens.astype(np.int32), targets.astype(np.int32)
-        return Examples(tokens, targets, np.ones(tokens.shape, np.float32), level)
+        targets[:, :first] = tokens[:, first : 2 * first]
+        weights[:, first:] = 1
+        level[:, first:] = np.log2(np.arange(1, self.length - first + 1))
+        return Examples(tokens, targets, weights, level)
 
     def variants(self) -> dict[str, "GroupWords"]:
         """The settings themselves, and two and four times the length."""

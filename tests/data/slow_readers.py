@@ -39,9 +39,13 @@ def group_answers(task, tokens):
         return
     elements = permutations_of(task.group)
     product = tuple(range(len(elements[0])))
-    for t, token in enumerate(tokens):
+    first = int(task.start)
+    assert all(token == len(elements) for token in tokens[:first])
+    for t, token in enumerate(tokens[first:], first):
+        if task.generators == "swaps":
+            assert sum(i != x for i, x in enumerate(elements[token])) == 2
         product = tuple(product[i] for i in elements[token])
-        yield t, elements.index(product), halvings(t + 1)
+        yield t, elements.index(product), halvings(t + 1 - first)
 
 
 def repeated_answers(task, tokens):
