@@ -63,8 +63,9 @@ def _cell(runs: list[dict], variant: str) -> str:
 def _setting(config: dict) -> str:
     model, data, train = config["model"], config["data"], config["train"]
     options = ", ".join(f"{name} {value}" for name, value in data["task_options"].items())
+    layers = "1 layer" if model["num_layers"] == 1 else f"{model['num_layers']} layers"
     return (
-        f"{model['num_layers']} layers, width {model['embed_dim']}, {model['num_heads']} heads; {data['task']}"
+        f"{layers}, width {model['embed_dim']}, {model['num_heads']} heads; {data['task']}"
         f"{f' ({options})' if options else ''}, {data['sequence_length']} tokens, {train['num_steps']} steps of "
         f"{data['batch_size']} rows"
     )
