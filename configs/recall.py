@@ -16,7 +16,7 @@ from configs import common
 
 # length, keys, key tokens, values, (layers, width, heads), steps, batch, scored positions
 _SIZES = {
-    "cpu": (128, 8, 16, 16, (2, 64, 2), 3000, 32, 100_000),
+    "cpu": (128, 8, 16, 16, (2, 64, 2), 1500, 32, 100_000),
     "paper": (768, 32, 128, 32, (2, 256, 2), 20_000, 64, 500_000),
     "debug": (32, 4, 8, 4, (1, 32, 2), 20, 16, 500),
 }
