@@ -41,3 +41,16 @@ class Draws:
     def permutations(self, size: int, *shape: int) -> Int[np.ndarray, "n *shape size"]:
         """Permutations of 0 ... size - 1; the first k entries are a sample without replacement."""
         return np.argsort(self.uniform(*shape, size), axis=-1)
+
+    def distinct(self, size: int, count: int) -> Int[np.ndarray, "n count"]:
+        """Different int64 numbers in [0, size), `count` of them for each example, in random order.
+
+        The work does not grow with `size` (Bentley and Floyd, "A sample of brilliance", 1987): the i-th draw is from
+        the first size - count + i + 1 numbers, and the last of these replaces a number that is already there.
+        """
+        last = size - count + np.arange(count)
+        numbers = self.integers(last + 1, count)
+        for i in range(1, count):
+            is_taken = (numbers[:, :i] == numbers[:, i : i + 1]).any(axis=1)
+            numbers[is_taken, i] = last[i]
+        return np.take_along_axis(numbers, self.permutations(count), axis=1)

