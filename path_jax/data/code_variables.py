@@ -5,7 +5,7 @@ r"""Programs that assign, copy and test variables, and print them; each print st
     if b == 3: c = 5
     print(b) # 3
 
-Rows are tokens, and Python text through `as_text(task.words, tokens)`. The token after `) # ` is scored. A program
+Rows are tokens, and Python text through `as_text(task.words, tokens)`. The value after `) # ` is scored. A program
 begins by giving every variable a value, in random order; it is cut after `length` tokens, be it within a statement.
 Loops, arithmetic and scopes are not part of it.
 
@@ -22,14 +22,14 @@ from path_jax.data.draws import Draws
 from path_jax.data.examples import Examples, cut_examples
 
 CONSTANT, COPY, CONDITION, PRINT = range(4)
-_FIXED = (" = ", "\n", "if ", " == ", ": ", "print(", ") # ")
+# Pieces (text before, field, text after).
 _STATEMENTS = (
-    ("variable", " = ", "constant", "\n"),
-    ("variable", " = ", "other", "\n"),
-    ("if ", "other", " == ", "compared", ": ", "variable", " = ", "constant", "\n"),
-    ("print(", "variable", ") # ", "asked", "\n"),
+    (("", "variable", " = "), ("", "constant", "\n")),
+    (("", "variable", " = "), ("", "other", "\n")),
+    (("if ", "other", " == "), ("", "compared", ": "), ("", "variable", " = "), ("", "constant", "\n")),
+    (("print(", "variable", ") # "), ("", "asked", "\n")),
 )
-_SHORTEST, _LONGEST = min(map(len, _STATEMENTS)), max(map(len, _STATEMENTS))
+_TYPES = {"variable": "variable", "other": "variable", "constant": "value", "compared": "value", "asked": "value"}
 MOST_COPIES = 3
 
 
@@ -45,6 +45,8 @@ class CodeVariables:
       num_variables: 2 to 26, named a, b, ...
       num_values: values 0 ... num_values - 1.
       copies: share of `b = a`; conditions: of `if b == 3: c = 5`; prints: of `print(a) # 3`; the rest is `a = 3`.
+      pieces: `a = `, `print(a) # `, `3\n` and so on are one token each, not two or three; the text is the same. Rows of
+        one length have twice as many answers, and no token lies between a variable and its value.
     """
 
     length: int = 256
@@ -53,6 +55,7 @@ class CodeVariables:
     copies: float = 0.35
     conditions: float = 0.15
     prints: float = 0.25
+    pieces: bool = False
 
     def __post_init__(self):
         if not 2 <= self.num_variables <= 26:
@@ -65,19 +68,43 @@ class CodeVariables:
                 f"copies={self.copies}, conditions={self.conditions} and prints={self.prints} must be at least 0 and "
                 f"together at most 1"
             )
-        needed = len(_STATEMENTS[CONSTANT]) * self.num_variables + len(_STATEMENTS[PRINT])
+        needed = len(self._tokens(CONSTANT)) * self.num_variables + len(self._tokens(PRINT))
         if self.length < needed:
             raise ValueError(f"length={self.length} must be at least {needed} for num_variables={self.num_variables}")
 
+    def _tokens(self, statement: int) -> list[tuple[tuple[str, str, str], str]]:
+        """Kind (text before, type, text after) and field of each token of a statement; a fixed text has neither."""
+        tokens = []
+        for before, field, after in _STATEMENTS[statement]:
+            if self.pieces:
+                tokens.append(((before, _TYPES[field], after), field))
+            else:
+                parts = ((before, "", ""), ""), (("", _TYPES[field], ""), field), ((after, "", ""), "")
+                tokens += [(kind, name) for kind, name in parts if any(kind)]
+        return tokens
+
+    def _names(self) -> dict[tuple[str, str, str], tuple[str, ...]]:
+        """What the tokens of each kind are called, in the order of their ids."""
+        names = {
+            "variable": tuple(string.ascii_lowercase[: self.num_variables]),
+            "value": tuple(map(str, range(self.num_values))),
+            "": ("",),
+        }
+        kinds = [kind for statement in range(len(_STATEMENTS)) for kind, _ in self._tokens(statement)]
+        if not self.pieces:
+            kinds = [("", "variable", ""), ("", "value", ""), *kinds]
+        return {kind: names[kind[1]] for kind in kinds}
+
     @property
     def words(self) -> tuple[str, ...]:
-        """Variables, values, the rest."""
-        return (*string.ascii_lowercase[: self.num_variables], *map(str, range(self.num_values)), *_FIXED)
+        """Variables, values, the rest; or the pieces."""
+        kinds = self._names().items()
+        return tuple(f"{before}{name}{after}" for (before, _, after), names in kinds for name in names)
 
     @property
     def vocab_size(self) -> int:
         """Number of words."""
-        return self.num_variables + self.num_values + len(_FIXED)
+        return len(self.words)
 
     @property
     def levels(self) -> tuple[str, ...]:
@@ -86,7 +113,9 @@ class CodeVariables:
 
     def examples(self, seed: int, index: np.ndarray) -> Examples:
         """See `Task`."""
-        draws, count = Draws(seed, index), -(-self.length // _SHORTEST)
+        statements = [self._tokens(kind) for kind in range(len(_STATEMENTS))]
+        longest = max(map(len, statements))
+        draws, count = Draws(seed, index), -(-self.length // min(map(len, statements)))
         # Statements come first, so that a step of the program reads contiguous rows.
         draw = lambda high: np.ascontiguousarray(draws.integers(high, count).T)
         bounds = np.cumsum([self.prints, self.conditions, self.copies])
@@ -111,19 +140,22 @@ class CodeVariables:
             value[to] = np.where(is_done, np.where(is_copy[i], read, constant[i]), asked[i])
             copies[to] = np.where(is_done, np.where(is_copy[i], copies[source] + 1, 0), level[i])
 
-        fields = {"variable": variable, "other": other}
-        values = {"constant": constant, "compared": compared, "asked": asked}
-        fields |= {name: self.num_variables + field for name, field in values.items()}
-        number = {word: i for i, word in enumerate((*self.words, *fields))}
-        templates = np.full((len(_STATEMENTS), _LONGEST), -1, np.int32)
-        for i, statement in enumerate(_STATEMENTS):
-            templates[i, : len(statement)] = [number[word] for word in statement]
-        tokens = templates[kind.T]
-        is_asked = tokens == number[") # "]
+        fields = {"variable": variable, "other": other, "constant": constant, "compared": compared, "asked": asked}
+        sizes = [len(names) for names in self._names().values()]
+        first_id = dict(zip(self._names(), np.cumsum([0, *sizes])))
+        first, field_at = (
+            np.full((len(statements), longest), -1, np.int32),
+            np.full((len(statements), longest), "", "U8"),
+        )
+        for i, statement in enumerate(statements):
+            first[i, : len(statement)] = [first_id[kind] for kind, _ in statement]
+            field_at[i, : len(statement)] = [field for _, field in statement]
+        tokens = first[kind.T]
         for name, field in fields.items():
-            tokens = np.where(tokens == number[name], field.T[..., None], tokens)
+            tokens += np.where((field_at == name)[kind.T], field.T[..., None], 0).astype(np.int32)
+        is_asked = (np.roll(field_at, -1, axis=1) == "asked")[kind.T]  # the token before the answer
         level = np.broadcast_to(np.minimum(level, MOST_COPIES).T[..., None], tokens.shape)
-        flat = lambda x: x.reshape(num_rows, count * _LONGEST)
+        flat = lambda x: x.reshape(num_rows, count * longest)
         return cut_examples(flat(tokens), flat(is_asked), flat(level), self.length)
 
     def variants(self) -> dict[str, "CodeVariables"]:

@@ -124,9 +124,9 @@ def follow_story(text):
 
 def text_answers(task, tokens):
     run, question = (run_program, ") # ") if isinstance(task, CodeVariables) else (follow_story, "? Box ")
-    words, places = task.words, [t for t, token in enumerate(tokens) if task.words[token] == question]
+    words, places = task.words, [t for t, token in enumerate(tokens) if task.words[token].endswith(question)]
     for t, (answer, level) in zip(places, run(as_text(words, tokens)), strict=True):
-        yield t, words.index(answer), min(level, 3)
+        yield t, words.index(f"{answer}\n" if getattr(task, "pieces", False) else answer), min(level, 3)
 
 
 def slow_answers(task, tokens):

@@ -34,6 +34,7 @@ CASES = {
     "mqar_all": MultiQueryRecall(64, num_pairs=11, num_key_tokens=20, num_values=9, forget=0.3, hops=3, num_fillers=2),
     "code_variables": CodeVariables(128),
     "code_variables_wide": CodeVariables(150, num_variables=26, num_values=12, copies=0.2, conditions=0.4, prints=0.4),
+    "code_variables_pieces": CodeVariables(96, num_variables=4, num_values=8, pieces=True),
     "boxes": Boxes(160),
     "boxes_few": Boxes(81, num_objects=1, num_boxes=2, moves=0.1, swaps=0.6, questions=0.3),
 }
@@ -266,6 +267,14 @@ def test_text_of_a_program():
     assert as_text(task.words, [0, 15, 8, 16, 20, 0, 21, 8, 16, -1]) == "a = 3\nprint(a) # 3\n"
     text = as_text(task.words, examples_of(task, 1).tokens[0])
     assert sorted(line[0] for line in text.splitlines()[:5]) == list("abcde")
+
+
+def test_pieces_spell_the_same_programs():
+    words, pieces = (CodeVariables(length, pieces=pieces) for length, pieces in ((200, False), (100, True)))
+    for row, pieces_row in zip(examples_of(words, 20).tokens, examples_of(pieces, 20).tokens):
+        text = [as_text(task.words, tokens) for task, tokens in ((words, row), (pieces, pieces_row))]
+        length = min(map(len, text))
+        assert text[0][:length] == text[1][:length]
 
 
 def test_text_of_a_story():
