@@ -10,6 +10,7 @@ Public arrays are ordered `B T N H`. Inside, arrays are tile-major (`tiles B K G
 contiguous slice. Log-space values are natural logarithms and start with `log_`; cotangents start with `d`.
 """
 
+from pallas_kernels.attention_weights import attention_weights, weighted_values
 from pallas_kernels.cache import init_cache
 from pallas_kernels.decode import extend
 from pallas_kernels.dispatch import explain
@@ -21,6 +22,7 @@ from pallas_kernels.path_attention import path_attention
 
 __all__ = [
     "PagePool",
+    "attention_weights",
     "explain",
     "extend",
     "forgetting_attention",
@@ -28,4 +30,5 @@ __all__ = [
     "init_cache",
     "interpret",
     "path_attention",
+    "weighted_values",
 ]

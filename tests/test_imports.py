@@ -28,6 +28,7 @@ ALLOWED = {
     "path_jax.evaluation.longbench": ["path_jax"],
     "path_jax.evaluation.run_report": ["path_jax"],
     "path_jax.evaluation.eval_report": ["path_jax"],
+    "path_jax.interpretability": [f"path_jax.{p}" for p in ("models", "data", "checkpoints", "metrics", "nn.taps")],
     "path_jax.nnx": [],
     "path_jax.generate": ["path_jax"],
     "path_jax.run": ["path_jax"],
@@ -57,6 +58,7 @@ CONFINED = {
     "matplotlib": ["path_jax.report"],
     "tensorflow_datasets": ["path_jax.data.text"],
     "tensorboardX": ["path_jax.training.progress"],
+    "sklearn": ["path_jax.interpretability.probes"],
     "safetensors": ["path_jax.checkpoints.shards"],
     "tokenizers": ["path_jax.data.tokenizer"],
     "lm_eval": ["path_jax.evaluation.lm_eval"],
@@ -123,7 +125,7 @@ def test_configs_load_without_jax_and_kernels_without_the_rest():
         "assert not {'path_jax', 'flax', 'optax', 'matplotlib'} & set(sys.modules)\n"
         "import path_jax\n"
         "assert 'matplotlib' not in sys.modules\n"
-        "import path_jax.checkpoints, path_jax.data\n"
-        "assert not {'safetensors', 'tokenizers', 'gguf'} & set(sys.modules)\n"
+        "import path_jax.checkpoints, path_jax.data, path_jax.interpretability\n"
+        "assert not {'safetensors', 'tokenizers', 'gguf', 'sklearn'} & set(sys.modules)\n"
     )
     subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)

@@ -38,10 +38,10 @@ def path_logits(q, k, w, beta):
     return jnp.moveaxis(jax.lax.scan(arrive, jnp.zeros_like(k), tokens)[1], 0, 3)
 
 
-def attention(options: Options, inputs: Inputs):
-    """Output [B, T, N, Hv] and log-sum-exp [B, N, T], in the accumulator dtype."""
+def attention_weights(options: Options, inputs: Inputs):
+    """Weights [B, N, T, S] and log-sum-exp [B, N, T], in the accumulator dtype; values are not looked at."""
     dtype = inputs.accumulator_dtype
-    q, k, v = (x.astype(dtype) for x in (inputs.q, inputs.k, inputs.v))
+    q, k = (x.astype(dtype) for x in (inputs.q, inputs.k))
     batch, length, num_heads, _ = q.shape
     kv_length, num_kv_heads = k.shape[1:3]
     q = q.reshape(batch, length, num_kv_heads, -1, q.shape[-1])
@@ -66,7 +66,17 @@ def attention(options: Options, inputs: Inputs):
     logits = jnp.where(mask, logits, jnp.where(sees_something, -jnp.inf, 0))
     weights = jnp.where(mask, jax.nn.softmax(logits, axis=-1), 0)
     lse = jax.nn.logsumexp(logits, axis=-1)
-    lse = jnp.where(sees_something[..., 0], lse, -jnp.inf)
-    weights = weights.reshape(batch, num_kv_heads, -1, length, kv_length)
-    out = jnp.einsum("bkgts,bskv->btkgv", weights, v)
-    return out.reshape(batch, length, num_heads, -1), lse
+    return weights, jnp.where(sees_something[..., 0], lse, -jnp.inf)
+
+
+def weighted_values(weights, v):
+    """`o_i = sum_j weights_ij v_j`: [B, N, T, S] and [B, S, K, Hv] to [B, T, N, Hv]."""
+    batch, num_heads, length, kv_length = weights.shape
+    weights = weights.reshape(batch, v.shape[2], -1, length, kv_length)
+    return jnp.einsum("bkgts,bskv->btkgv", weights, v).reshape(batch, length, num_heads, -1)
+
+
+def attention(options: Options, inputs: Inputs):
+    """Output [B, T, N, Hv] and log-sum-exp [B, N, T], in the accumulator dtype."""
+    weights, lse = attention_weights(options, inputs)
+    return weighted_values(weights, inputs.v.astype(weights.dtype)), lse

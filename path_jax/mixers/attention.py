@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import extend, forgetting_attention
+from pallas_kernels import attention_weights, extend, forgetting_attention, weighted_values
 from path_jax.mixers.state import State, init_state, lengths_of
 from path_jax.nn.layers import HeadRMSNorm, append, default_positions, linear, rotary, shift
 from path_jax.nn.taps import Tap
@@ -41,6 +41,8 @@ class ForgettingAttention(nn.Module):
       norm_eps: of the output norm.
       qkv_bias, o_bias: biases of the query, key and value projections, and of the output projection.
       window, prune, gate_scale, implementation: see pallas_kernels.forgetting_attention.
+      expose_weights: computes the weights densely, from the definition, in the tap `attn_probs` [B, N, T, S] (prune and
+        implementation are of no meaning then): for analysis, the parameters are the same.
       dtype: compute dtype, the input's by default; the gate is float32 always.
 
     Source: Lin et al., "Forgetting Transformer", sections 3 and 4.
@@ -62,6 +64,7 @@ class ForgettingAttention(nn.Module):
     window: int | None = None
     prune: float | str | None = None
     gate_scale: float = 1.0
+    expose_weights: bool = False
     dtype: jnp.dtype | None = None
     implementation: str | None = None
 
@@ -92,6 +95,9 @@ class ForgettingAttention(nn.Module):
         cache: State | None = None,
         lengths: Int[Array, "B"] | None = None,
     ):
+        """Raises NotImplementedError for a cache where weights are exposed."""
+        if self.expose_weights and cache is not None:
+            raise NotImplementedError("expose_weights has no decode cache: decode with expose_weights=False")
         lengths = lengths_of(x, cache, segment_ids, lengths)
         dtype = x.dtype if self.dtype is None else self.dtype
         num_kv_heads = self.num_kv_heads or self.num_heads
@@ -115,22 +121,23 @@ class ForgettingAttention(nn.Module):
             q, k = rotary(q, positions, self.rope_theta), rotary(k, positions, self.rope_theta)
         q, k, v = Tap(name="q")(q), Tap(name="k")(k), Tap(name="v")(v)
 
-        log_forget, options = (
-            self._log_forget(x, dtype),
-            dict(gate_scale=self.gate_scale, window=self.window, prune=self.prune),
-        )
-        if cache is None:
-            out = forgetting_attention(
-                q, k, v, log_forget, segment_ids=segment_ids, implementation=self.implementation, **options
-            )
+        log_forget, options = self._log_forget(x, dtype), dict(gate_scale=self.gate_scale, window=self.window)
+        if self.expose_weights:
+            weights = attention_weights(q, k, log_forget=log_forget, segment_ids=segment_ids, **options)
+            out = weighted_values(Tap(name="attn_probs")(weights), v).astype(q.dtype)
+        elif cache is None:
+            options |= dict(segment_ids=segment_ids, prune=self.prune, implementation=self.implementation)
+            out = forgetting_attention(q, k, v, log_forget, **options)
         else:
-            out, attention = extend(cache.attention, q, k, v, log_forget=log_forget, lengths=lengths, **options)
+            options |= dict(lengths=lengths, prune=self.prune)
+            out, attention = extend(cache.attention, q, k, v, log_forget=log_forget, **options)
             cache = State(attention, history)
+        out = Tap(name="head_out")(out)
         if self.output_norm:
             out = HeadRMSNorm(is_shared=False, eps=self.norm_eps, name="output_norm")(out)
         out = out.reshape(*x.shape[:2], -1)
         if self.output_gate:
-            out *= nn.sigmoid(linear(out.shape[-1], "output_gate_proj", dtype=dtype)(x))
+            out *= Tap(name="gate")(nn.sigmoid(linear(out.shape[-1], "output_gate_proj", dtype=dtype)(x)))
         return linear(x.shape[-1], "o_proj", dtype=dtype, use_bias=self.o_bias)(out), cache
 
     def _shifted(self, name, y, x, segment_ids, cache, lengths):

@@ -86,7 +86,7 @@ class BaseConv(nn.Module):
             )  # fmt: skip
             y += x + self.param("conv_bias", nn.initializers.zeros, (embed_dim,))
         y = Tap(name="conv_out")(y).astype(dtype)
-        y *= linear(embed_dim, "gate_proj", dtype=dtype, use_bias=True)(x)
+        y *= Tap(name="gate")(linear(embed_dim, "gate_proj", dtype=dtype, use_bias=True)(x))
         if cache is not None:
             cache = RecurrentState(cache.length + lengths, {"x": history}, {})
         return y + x if self.skip else y, cache

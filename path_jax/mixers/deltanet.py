@@ -218,5 +218,5 @@ class DeltaNet(nn.Module):
         out = HeadRMSNorm(is_shared=True, eps=self.norm_eps, name="output_norm")(Tap(name="recurrence")(out))
         out = out.astype(dtype).reshape(*x.shape[:2], -1)
         if self.output_gate:
-            out *= nn.silu(linear(out.shape[-1], "output_gate_proj", dtype=dtype)(x))
+            out *= Tap(name="gate")(nn.silu(linear(out.shape[-1], "output_gate_proj", dtype=dtype)(x)))
         return linear(x.shape[-1], "o_proj", dtype=dtype)(out), cache

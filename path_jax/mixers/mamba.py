@@ -193,5 +193,5 @@ class Mamba(nn.Module):
             else:
                 y, state = selective_scan(u, dt, -jnp.exp(log_a), b, c, state)
             cache = RecurrentState(cache.length + lengths, history, {"state": state})
-        y = (Tap(name="recurrence")(y) + skip * u).astype(dtype) * nn.silu(z)
+        y = (Tap(name="recurrence")(y) + skip * u).astype(dtype) * Tap(name="gate")(nn.silu(z))
         return linear(x.shape[-1], "out_proj", dtype=dtype)(y), cache

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import extend, path_attention
+from pallas_kernels import attention_weights, extend, path_attention, weighted_values
 from path_jax.mixers.state import State, init_state, lengths_of
 from path_jax.nn.layers import HeadRMSNorm, ShortConv, append, linear
 from path_jax.nn.taps import Tap
@@ -47,6 +47,8 @@ class PathAttention(nn.Module):
       round_directions: rounds w to the compute dtype, keeping reflections exact. TPU kernels compute their linear stage
         in the dtype of w, in bfloat16 several times as fast; False gives float32 accuracy there.
       prune: see pallas_kernels.path_attention.
+      expose_weights: computes the weights densely, from the definition, in the tap `attn_probs` [B, N, T, S] (prune and
+        implementation are of no meaning then): for analysis, the parameters are the same.
       dtype: compute dtype, the input's by default. beta, the gate and, unless rounded, w are float32 always.
       implementation: see pallas_kernels.path_attention.
 
@@ -64,6 +66,7 @@ class PathAttention(nn.Module):
     beta_max: float = 2.0
     round_directions: bool = True
     prune: float | str | None = None
+    expose_weights: bool = False
     dtype: jnp.dtype | None = None
     implementation: str | None = None
 
@@ -94,7 +97,10 @@ class PathAttention(nn.Module):
         cache: State | None = None,
         lengths: Int[Array, "B"] | None = None,
     ):
+        """Raises NotImplementedError for a cache where weights are exposed."""
         del positions  # position is what the reflections encode
+        if self.expose_weights and cache is not None:
+            raise NotImplementedError("expose_weights has no decode cache: decode with expose_weights=False")
         lengths = lengths_of(x, cache, segment_ids, lengths)
         dtype = x.dtype if self.dtype is None else self.dtype
         num_kv_heads = self.num_kv_heads or self.num_heads
@@ -129,13 +135,16 @@ class PathAttention(nn.Module):
             gate = linear(self.num_heads, "forget_proj", dtype=dtype, use_bias=True)(x)
             log_forget = Tap(name="log_forget")(nn.log_sigmoid(gate.astype(jnp.float32)))
 
-        options = dict(gate_scale=head_dim**-0.5 if self.gate_scale is None else self.gate_scale, prune=self.prune)
-        if cache is None:
-            out = path_attention(
-                q, k, v, w, beta, log_forget,
-                segment_ids=segment_ids, implementation=self.implementation, **options,
-            )  # fmt: skip
+        options = dict(gate_scale=head_dim**-0.5 if self.gate_scale is None else self.gate_scale)
+        if self.expose_weights:
+            weights = attention_weights(q, k, w, beta, log_forget, segment_ids=segment_ids, **options)
+            out = weighted_values(Tap(name="attn_probs")(weights), v).astype(q.dtype)
+        elif cache is None:
+            options |= dict(segment_ids=segment_ids, prune=self.prune, implementation=self.implementation)
+            out = path_attention(q, k, v, w, beta, log_forget, **options)
         else:
-            out, attention = extend(cache.attention, q, k, v, w, beta, log_forget, lengths=lengths, **options)
+            options |= dict(lengths=lengths, prune=self.prune)
+            out, attention = extend(cache.attention, q, k, v, w, beta, log_forget, **options)
             cache = State(attention, history)
+        out = Tap(name="head_out")(out)
         return linear(x.shape[-1], "o_proj", dtype=dtype)(out.reshape(*x.shape[:2], -1)), cache

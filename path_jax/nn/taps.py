@@ -7,9 +7,12 @@ A Tap is a parameter-free identity submodule. It adds nothing to the checkpoint;
 import flax.linen as nn
 
 # In every block, then inside mixers (each mixer has those that apply). `recurrence` is what a recurrence gives for each
-# token, before norm, gate and output projection.
+# token and `head_out` what each head of an attention gives, before norm, gate and output projection; `gate` is what the
+# output is multiplied with. Attention weights, `attn_probs`, are there where the option `expose_weights` is set.
 BLOCK_TAPS = ("resid_pre", "mixer_in", "mixer_out", "mlp_in", "mlp_out", "resid_post")
-MIXER_TAPS = ("q", "k", "v", "w", "beta", "log_forget", "conv_out", "recurrence")
+MIXER_TAPS = (
+    "q", "k", "v", "w", "beta", "log_forget", "conv_out", "attn_probs", "head_out", "recurrence", "gate",
+)  # fmt: skip
 
 
 class Tap(nn.Module):

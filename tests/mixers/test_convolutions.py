@@ -340,7 +340,7 @@ def test_options_of_the_state(name):
         ("based", {"q", "k", "v", "conv_out", "recurrence"}),
         ("h3", {"q", "k", "v", "conv_out", "recurrence"}),
         ("hyena", {"q", "k", "v", "conv_out"}),
-        ("base_conv", {"conv_out"}),
+        ("base_conv", {"conv_out", "gate"}),
     ],
 )
 def test_taps(name, expected):

@@ -206,8 +206,8 @@ def taps(module, params, x):
     "name, expected",
     [
         ("deltanet", {"q", "k", "v", "beta", "conv_out", "recurrence"}),
-        ("mamba", {"conv_out", "recurrence"}),
-        ("stick_breaking", {"q", "k", "v"}),
+        ("mamba", {"conv_out", "recurrence", "gate"}),
+        ("stick_breaking", {"q", "k", "v", "head_out"}),
     ],
 )
 def test_taps(name, expected):
@@ -221,7 +221,7 @@ def test_path_reflections(beta_max):
     mixer = build(MIXERS["path_fox"], beta_max=beta_max, dtype=jnp.bfloat16)
     beta_proj = mixer.params["beta_proj"] | {"bias": jnp.array([20.0, 0.0])}
     values = taps(mixer.module, mixer.params | {"beta_proj": beta_proj}, inputs().astype(jnp.bfloat16))
-    assert set(values) == {"q", "k", "v", "w", "beta", "log_forget", "conv_out"}
+    assert set(values) == {"q", "k", "v", "w", "beta", "log_forget", "conv_out", "head_out"}
     w, beta, log_forget = values["w"], values["beta"], values["log_forget"]
     assert w.shape == (2, LENGTH, KV_HEADS, HEAD_DIM) and beta.shape == (2, LENGTH, KV_HEADS)
     assert log_forget.shape == (2, LENGTH, HEADS) and log_forget.max() <= 0

@@ -157,7 +157,7 @@ def test_taps_of_every_layer_can_be_captured(scan_layers):
     layer = state["intermediates"]["layers" if scan_layers else "layers_1"]
     assert set(layer) == {*BLOCK_TAPS, "mixer"}
     assert layer["mixer_out"]["__call__"][0].shape == (2,) * scan_layers + (*TOKENS.shape, WIDTH)
-    assert set(layer["mixer"]) == {"q", "k", "v", "w", "beta", "log_forget", "conv_out"}
+    assert set(layer["mixer"]) == {"q", "k", "v", "w", "beta", "log_forget", "conv_out", "head_out"}
 
 
 def test_a_scan_does_not_decode():

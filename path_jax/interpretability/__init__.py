@@ -1,0 +1,38 @@
+"""What a model computes on its way, and what follows when it is changed.
+
+out, values = run(model, params, tokens, capture=["0.mixer_out", "1.mixer.q"])
+restored = interchange_grid(model, params, corrupted, clean, sites, positions, answer_probability(at, answers))
+"""
+
+from path_jax.interpretability.attribution import attribution_patching, exact_patching, path_patch
+from path_jax.interpretability.hooks import Site, run, selection, site_shapes, sites, with_weights
+from path_jax.interpretability.interventions import ablate, interchange, interchange_grid, patch, replacements, steer
+from path_jax.interpretability.outcomes import accuracy, answer_probability, attribution_score, logit_difference
+from path_jax.interpretability.probes import Probe, attention_summary, linear_probes
+from path_jax.interpretability.states import state_patch
+
+__all__ = [
+    "Probe",
+    "Site",
+    "ablate",
+    "accuracy",
+    "answer_probability",
+    "attention_summary",
+    "attribution_patching",
+    "attribution_score",
+    "exact_patching",
+    "interchange",
+    "interchange_grid",
+    "linear_probes",
+    "logit_difference",
+    "patch",
+    "path_patch",
+    "replacements",
+    "run",
+    "selection",
+    "site_shapes",
+    "sites",
+    "state_patch",
+    "steer",
+    "with_weights",
+]
