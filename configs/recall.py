@@ -1,36 +1,69 @@
-"""Multi-query repeated associative recall, N back: the value a key had N writes ago, while values keep changing.
+"""Associative recall in three forms.
 
     python train.py --config=configs/recall.py:mixer=path,back=2 --workdir=runs/recall_path_2
     python -m path_jax.sweep --config=configs/recall.py --vary mixer=path,rope,fox --vary back=1,2,3 --vary seed=0,1,2 \
         --select lr=1e-3,3e-3 --output=runs/recall
+    python -m path_jax.sweep --config=configs/recall.py:task=ar --vary mixer=path,nope,mamba --vary seed=0,1,2 \
+        --select lr=1e-3,3e-3 --output=runs/ar
+    python -m path_jax.interpretability recall --checkpoint='runs/ar/runs/*' --output=runs/ar/analysis
 
-Argument: size = cpu | paper | debug, back = N, mixer = one of common.TASK_MIXERS, lr, seed, steps.
+Argument: task = mqrar | ar | atr, size = cpu | paper | debug (ar: small too), mixer = one of common.TASK_MIXERS, lr,
+seed, steps; mqrar: back = N; ar, atr: width, layers.
 
-`paper` is 2 layers of width 256 with 2 heads, 32 keys and 768 tokens, as Yang et al., "PaTH Attention" (arXiv
-2505.16381), section 4.1, describe it; they state neither vocabulary, steps nor learning rate: 128 key tokens and
-32 values are ours.
-`cpu` is the same task with 8 keys in 128 tokens, two layers of width 64. Evaluated there and at twice the length.
+mqrar: the value that a key had N writes ago, while values keep changing. `paper` is 2 layers of width 256 with 2 heads,
+32 keys and 768 tokens, as Yang et al., "PaTH Attention" (arXiv 2505.16381), section 4.1, describe it; they state
+neither vocabulary, steps nor learning rate: 128 key tokens and 32 values are ours. `cpu` has 8 keys in 128 tokens and
+two layers of width 64.
+
+ar, atr: one question after pairs, or after a sentence of a random grammar. `paper` has the sizes of Arora et al.,
+"Mechanistic evaluation of Transformers and state space models" (arXiv 2505.15105): 2 layers with one head, 8192 keys
+and values, 16 pairs (their 32 tokens), 100,032 documents read 16 times (ar) or 32 times (atr) in batches of 32; they
+take learning rates from 3e-5 to 3e-2 and widths from 16 to 256. `cpu` has 500 keys and values and new documents always.
 """
 
 from configs import common
 
 # length, keys, key tokens, values, (layers, width, heads), steps, batch, scored positions
-_SIZES = {
+_MQRAR = {
     "cpu": (128, 8, 16, 16, (2, 64, 2), 1500, 32, 100_000),
     "paper": (768, 32, 128, 32, (2, 256, 2), 20_000, 64, 500_000),
     "debug": (32, 4, 8, 4, (1, 32, 2), 20, 16, 500),
 }
+# options, vocabulary, length, (width, steps, batch, scored positions)
+_AR = {
+    "small": (dict(num_kv=60, min_length=16, max_length=16), 64, 20, (64, 1000, 64, 2_000)),
+    "cpu": (dict(num_kv=500), 504, 36, (64, 4000, 64, 5_000)),
+    "paper": (dict(train_set_size=100_032), 8196, 36, (64, 50_016, 32, 5_000)),
+    "debug": (dict(num_kv=20, min_length=4, max_length=8), 24, 12, (32, 20, 16, 200)),
+}
+_ATR = {
+    "cpu": ({}, 26, 64, (64, 4000, 64, 5_000)),
+    "paper": (dict(num_terminals=8192, train_set_size=100_032), 8198, 1028, (64, 100_032, 32, 5_000)),
+    "debug": (dict(num_nonterminals=10, max_depth=5), 26, 40, (32, 20, 16, 200)),
+}
 
 
 def get_config(arg: str | None = None):
-    """Configuration for `size=...,back=...,mixer=...,lr=...,seed=...,steps=...`."""
-    values = common.parse_arg(arg, size="cpu", back="1", mixer="path", lr="3e-3", seed="0", steps="")
-    length, keys, key_tokens, num_values, size, num_steps, batch_size, num_scored = common.choose(
-        "size", values["size"], _SIZES
+    """Configuration for `task=...,size=...,mixer=...,lr=...,seed=...,steps=...` and the task's own arguments."""
+    values = common.parse_arg(
+        arg, task="mqrar", size="cpu", back="1", mixer="path", lr="3e-3", seed="0", steps="", width="", layers="2"
     )
-    options = dict(num_keys=keys, num_key_tokens=key_tokens, num_values=num_values, back=int(values["back"]))
-    return common.task_config(
-        "mqrar", options, vocab_size=key_tokens + num_values, length=length, size=size, mixer=values["mixer"],
+    task, sizes = values["task"], {"mqrar": _MQRAR, "ar": _AR, "atr": _ATR}
+    settings = common.choose("size", values["size"], common.choose("task", task, sizes))
+    if task == "mqrar":
+        length, keys, key_tokens, num_values, size, num_steps, batch_size, num_scored = settings
+        options = dict(num_keys=keys, num_key_tokens=key_tokens, num_values=num_values, back=int(values["back"]))
+        vocab_size = key_tokens + num_values
+    else:
+        options, vocab_size, length, (width, num_steps, batch_size, num_scored) = settings
+        size = (int(values["layers"]), int(values["width"] or width), 1)
+    config = common.task_config(
+        task, options, vocab_size=vocab_size, length=length, size=size, mixer=values["mixer"],
         lr=float(values["lr"]), seed=int(values["seed"]), num_steps=int(values["steps"] or num_steps),
         batch_size=batch_size, num_scored=num_scored,
     )  # fmt: skip
+    if task != "mqrar":
+        steps = config.train.num_steps
+        config.optim.update(end_lr=0.0, warmup_steps=max(1, steps // 10), b2=0.999, weight_decay=0.0)
+        config.train.update(save_every=max(1, steps // 10), keep_checkpoints=10)  # for curves over training
+    return config

@@ -29,6 +29,8 @@ ALLOWED = {
     "path_jax.evaluation.run_report": ["path_jax"],
     "path_jax.evaluation.eval_report": ["path_jax"],
     "path_jax.interpretability": [f"path_jax.{p}" for p in ("models", "data", "checkpoints", "metrics", "nn.taps")],
+    "path_jax.interpretability.__main__": ["path_jax"],
+    "path_jax.interpretability.recall_report": ["path_jax.interpretability", "path_jax.report"],
     "path_jax.nnx": [],
     "path_jax.generate": ["path_jax"],
     "path_jax.run": ["path_jax"],

@@ -18,8 +18,8 @@ BASE, SOURCE = (jnp.asarray(rng.integers(0, VOCAB, (BATCH, LENGTH)), jnp.int32) 
 @functools.cache
 def tiny(mixer, num_layers=2, **config):
     """Model and parameters, unrolled; kernels and embeddings are N(0, 1/4), norm scales and biases N(1, 1/4)."""
-    options = dict(mlp_dim=MLP, mixer_options=OPTIONS.get(mixer, {}), scan_layers=False) | config
-    config = ModelConfig(VOCAB, num_layers, WIDTH, HEADS, mixer=mixer, **options)
+    options = dict(vocab_size=VOCAB, mlp_dim=MLP, mixer_options=OPTIONS.get(mixer, {}), scan_layers=False) | config
+    config = ModelConfig(num_layers=num_layers, embed_dim=WIDTH, num_heads=HEADS, mixer=mixer, **options)
     rng = np.random.default_rng(1)
     draw = lambda x: jnp.asarray((x.ndim == 1) + 0.25 * rng.standard_normal(x.shape), x.dtype)
     return DecoderLM(config), jax.tree.map(draw, abstract_params(config))
