@@ -45,8 +45,9 @@ class CodeVariables:
       num_variables: 2 to 26, named a, b, ...
       num_values: values 0 ... num_values - 1.
       copies: share of `b = a`; conditions: of `if b == 3: c = 5`; prints: of `print(a) # 3`; the rest is `a = 3`.
-      pieces: `a = `, `print(a) # `, `3\n` and so on are one token each, not two or three; the text is the same. Rows of
-        one length have twice as many answers, and no token lies between a variable and its value.
+      pieces: `a = `, `print(a) # `, `3` with its line end and so on are one token each, not two or three;
+        the text is the same. Rows of one length have twice as many answers, and no token lies between a variable and
+        its value.
     """
 
     length: int = 256

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax.core import FrozenDict
 from jaxtyping import Array, Float, Int
 
-from path_jax.interpretability.hooks import Site, as_sites, run, selection
+from path_jax.interpretability.hooks import HEAD_TAPS, Site, as_sites, run, selection
 from path_jax.interpretability.hooks import sites as sites_of
 from path_jax.interpretability.interventions import interchange_grid, patch
 from path_jax.interpretability.outcomes import Metric
@@ -63,7 +63,7 @@ def attribution_patching(
         effect = difference * gradient
         if site.tap == "attn_probs":
             effect = jnp.moveaxis(effect, 1, 2)
-        has_heads = effect.ndim == 4 or site.tap in ("beta", "log_forget")
+        has_heads = effect.ndim == 4 or site.tap in HEAD_TAPS
         effects[site] = effect.sum(axis=tuple(range(3 if by_head and has_heads else 2, effect.ndim)))
     return effects
 

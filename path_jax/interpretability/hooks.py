@@ -28,7 +28,7 @@ from path_jax.nn.taps import BLOCK_TAPS, MIXER_TAPS, is_tap
 
 Edit = Callable[[Array], Array]  # what a site's value becomes
 
-_HEAD_TAPS = ("beta", "log_forget")  # whose last axis is heads; of other taps, those of four axes have heads
+HEAD_TAPS = ("beta", "log_forget")  # whose last axis is heads; of other taps, those of four axes have heads
 
 
 class Site(NamedTuple):
@@ -176,7 +176,7 @@ def selection(
     batch, length, num_heads = value.shape[0], *(value.shape[i] for i in ((2, 1) if has_weights else (1, 2)))
     mask = _token_mask(positions, batch, length)
     if heads is not None or mask.ndim == 3:
-        if value.ndim < 4 and site.tap not in _HEAD_TAPS:
+        if value.ndim < 4 and site.tap not in HEAD_TAPS:
             raise ValueError(f"{site} {value.shape} has no axis of heads")
         heads = range(num_heads) if heads is None else heads
         if not all(0 <= head < num_heads for head in heads):
