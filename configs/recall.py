@@ -7,8 +7,9 @@
         --select lr=1e-3,3e-3 --output=runs/ar
     python -m path_jax.interpretability recall --checkpoint='runs/ar/runs/*' --output=runs/ar/analysis
 
-Argument: task = mqrar | ar | atr, size = cpu | paper | debug (ar: small too), mixer = one of common.TASK_MIXERS, lr,
-seed, steps; mqrar: back = N; ar, atr: width, layers.
+Argument: task = mqrar | ar | atr, size = cpu | paper | debug (ar: small too), mixer = one of common.TASK_MIXERS, or
+several joined by +, lr, seed, steps; mqrar: back = N; ar, atr: width, layers, conv_size = tokens of the short
+convolution in mamba, deltanet, path and path_fox, mixer = attention too: with learned positions.
 
 mqrar: the value that a key had N writes ago, while values keep changing. `paper` is 2 layers of width 256 with 2 heads,
 32 keys and 768 tokens, as Yang et al., "PaTH Attention" (arXiv 2505.16381), section 4.1, describe it; they state
@@ -19,6 +20,8 @@ ar, atr: one question after pairs, or after a sentence of a random grammar. `pap
 "Mechanistic evaluation of Transformers and state space models" (arXiv 2505.15105): 2 layers with one head, 8192 keys
 and values, 16 pairs (their 32 tokens), 100,032 documents read 16 times (ar) or 32 times (atr) in batches of 32; they
 take learning rates from 3e-5 to 3e-2 and widths from 16 to 256. `cpu` has 500 keys and values and new documents always.
+As in their code, attention, based, base_conv, h3, hyena, mamba and deltanet have learned positions, mamba has no MLPs,
+and based is a gated short convolution in the first layer and linear attention in the second; base_conv is long filters.
 """
 
 from configs import common
@@ -42,12 +45,41 @@ _ATR = {
     "debug": (dict(num_nonterminals=10, max_depth=5), 26, 40, (32, 20, 16, 200)),
 }
 
+# Mixers whose published models differ from the mixer alone: the model's settings, and options.
+_PUBLISHED = {
+    "attention": (dict(mixer="nope"), {}),
+    "based": (dict(mixer="base_conv+based"), {"based": {"feature_dim": 8}}),
+    "base_conv": ({}, {"filter": "implicit"}),
+    "h3": ({}, {"head_dim": 2}),
+    "hyena": ({}, {}),
+    "mamba": (dict(mlp="none"), {}),
+    "deltanet": ({}, {}),
+}
+
+
+def _architecture(mixer: str, length: int, conv_size: str) -> dict:
+    """Settings of the model; learned positions and long filters reach twice the length, for longer documents."""
+    if mixer not in _PUBLISHED:
+        choices = dict.fromkeys((*common.TASK_MIXERS, *_PUBLISHED))
+        for name in mixer.split("+"):
+            common.choose("mixer", name, choices)
+        settings, options = {}, {}
+    else:
+        settings, options = _PUBLISHED[mixer]
+        settings = settings | dict(num_positions=2 * length)
+    if mixer in ("hyena", "base_conv"):
+        options = options | dict(filter_length=2 * length)
+    if conv_size:
+        options = options | dict(conv_size=int(conv_size))
+    return dict(mixer=mixer) | settings | dict(mixer_options=options)
+
 
 def get_config(arg: str | None = None):
     """Configuration for `task=...,size=...,mixer=...,lr=...,seed=...,steps=...` and the task's own arguments."""
     values = common.parse_arg(
-        arg, task="mqrar", size="cpu", back="1", mixer="path", lr="3e-3", seed="0", steps="", width="", layers="2"
-    )
+        arg, task="mqrar", size="cpu", back="1", mixer="path", lr="3e-3", seed="0", steps="", width="", layers="2",
+        conv_size="",
+    )  # fmt: skip
     task, sizes = values["task"], {"mqrar": _MQRAR, "ar": _AR, "atr": _ATR}
     settings = common.choose("size", values["size"], common.choose("task", task, sizes))
     if task == "mqrar":
@@ -58,11 +90,13 @@ def get_config(arg: str | None = None):
         options, vocab_size, length, (width, num_steps, batch_size, num_scored) = settings
         size = (int(values["layers"]), int(values["width"] or width), 1)
     config = common.task_config(
-        task, options, vocab_size=vocab_size, length=length, size=size, mixer=values["mixer"],
+        task, options, vocab_size=vocab_size, length=length, size=size,
+        mixer=values["mixer"] if task == "mqrar" else "nope",
         lr=float(values["lr"]), seed=int(values["seed"]), num_steps=int(values["steps"] or num_steps),
         batch_size=batch_size, num_scored=num_scored,
     )  # fmt: skip
     if task != "mqrar":
+        config.model.update(_architecture(values["mixer"], length, values["conv_size"]))
         steps = config.train.num_steps
         config.optim.update(end_lr=0.0, warmup_steps=max(1, steps // 10), b2=0.999, weight_decay=0.0)
         config.train.update(save_every=max(1, steps // 10), keep_checkpoints=10)  # for curves over training

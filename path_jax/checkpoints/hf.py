@@ -107,7 +107,7 @@ def save_pretrained(
     """
     with new_directory(Path(path)) as directory:
         if format == "native":
-            model = {**dataclasses.asdict(config), "mixer_options": dict(config.mixer_options)}
+            model = {**dataclasses.asdict(config), "mixer_options": config.mixer_options.unfreeze()}
             write_config(directory, {**(extra or {}), "model": model})
             save_params(directory, params)
             return
@@ -138,7 +138,8 @@ def _directory_config(path: Path, raw: Mapping[str, Any]) -> ModelConfig:
         return read_dialect(raw)
     try:
         config = ModelConfig(**raw["model"])
-        config.make_mixer()
+        for layer in range(len(config.mixers)):
+            config.make_mixer(layer)
     except (TypeError, AttributeError) as error:  # unknown or malformed fields and options
         raise ValueError(f"{path}: the model section of config.json is malformed: {error}") from error
     return config

@@ -21,19 +21,21 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from absl import logging
 from rich.console import Console
 
 from path_jax.checkpoints.native import read_config, restore_params
-from path_jax.data import DataConfig, make_corpus
+from path_jax.data import DataConfig, as_batch, make_corpus
 from path_jax.data.query_document import QueryTask
 from path_jax.interpretability.hooks import Site
-from path_jax.interpretability.recall import analyse_recall, decode_state_bytes
+from path_jax.interpretability.recall import analyse_recall, decode_state_bytes, mixer_parts
 from path_jax.interpretability.recall_report import Analysed, recall_table, write_recall_report
 from path_jax.models import DecoderLM, ModelConfig
 from path_jax.models.decoder_lm import abstract_params
 from path_jax.run import train_and_report
 from path_jax.sweep import Run, resolve
+from path_jax.training.objectives import language_modelling
 
 # Mixers that --preset=small trains, each with the arguments of configs/recall.py that it needs minutes for.
 _SMALL = ("nope", "path", "mamba")
@@ -58,12 +60,22 @@ def _analyse(run: Path, num_examples: int) -> Analysed:
                 seed=seed, num_examples=num_examples, patched=[Site(1, "resid_pre")], corrupted=["key"],
             )  # fmt: skip
     params = restore_params(run, abstract)
-    analysis = analyse_recall(model, params, task, seed=seed, num_examples=num_examples)
+    analysis = analyse_recall(
+        model, params, task, seed=seed, num_examples=num_examples, parts=mixer_parts(model.config)
+    )
     costs = {"parameters": sum(x.size for x in jax.tree.leaves(params))}
     if (run / "summary.json").exists():
         costs["tokens_per_second"] = json.loads((run / "summary.json").read_text())["tokens_per_second"]
+    costs["step_bytes"] = _step_bytes(model, params, task, data.batch_size)
     costs["decode_state_bytes"] = decode_state_bytes(model.config, task.length)
     return Analysed(config, analysis, costs, history)
+
+
+def _step_bytes(model: DecoderLM, params, task: QueryTask, batch_size: int) -> int:
+    """Bytes that the forward and backward pass of a training step keep for themselves on this machine, at most."""
+    batch = as_batch(task.examples(0, np.arange(batch_size)))
+    gradient = jax.jit(jax.grad(language_modelling(model), has_aux=True))
+    return gradient.lower(params, batch, None).compile().memory_analysis().temp_size_in_bytes
 
 
 def _train(config: Mapping[str, Any], workdir: Path) -> None:

@@ -80,9 +80,14 @@ def with_weights(model: DecoderLM) -> DecoderLM:
       ValueError: for a mixer that has no attention weights.
     """
     config = model.config
-    if not hasattr(config.make_mixer(), "expose_weights"):
+    mixers = dict(zip(config.mixers, map(config.make_mixer, range(len(config.mixers)))))
+    exposing = [name for name, mixer in mixers.items() if hasattr(mixer, "expose_weights")]
+    if not exposing:
         raise ValueError(f"the mixer {config.mixer} has no attention weights to expose")
-    return DecoderLM(dataclasses.replace(config, mixer_options={**config.mixer_options, "expose_weights": True}))
+    options = config.mixer_options.unfreeze()
+    for arguments in [options] if len(config.mixers) == 1 else [options.setdefault(name, {}) for name in exposing]:
+        arguments["expose_weights"] = True
+    return DecoderLM(dataclasses.replace(config, mixer_options=options))
 
 
 def run(

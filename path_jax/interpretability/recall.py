@@ -24,6 +24,8 @@ from path_jax.models.cache import init_cache
 from path_jax.models.config import ModelConfig
 
 CORRUPTED = "key", "value"
+# Taps of a mixer that are patched together: what turns the keys, what is compared and fetched, what asks.
+_PARTS = ("w", "beta"), ("k", "v"), ("q",), ("log_forget",), ("conv_out",), ("recurrence",), ("gate",)
 
 
 class RecallAnalysis(NamedTuple):
@@ -33,13 +35,16 @@ class RecallAnalysis(NamedTuple):
       behaviour: {"accuracy", "probability", "logit_difference" (to the value that replaces the answer): [n]}.
       sites, roles: rows and columns of the grids; roles are "key", "value", "divider", "query" and maybe "type".
       attribution: {corrupted token: share of the lost probability that a site at a token restores,
-        [sites, roles, n]}, NaN in documents whose corruption loses too little.
+        [sites, roles, n]}, NaN in documents whose corruption loses no more than `threshold`.
+      parts: {corrupted token: {sites joined by " + ": the same for them together, at all tokens [n]}}.
     """
 
     behaviour: dict[str, Float[np.ndarray, "n"]]
     sites: tuple[Site, ...]
     roles: tuple[str, ...]
     attribution: dict[str, Float[np.ndarray, "sites roles n"]]
+    parts: dict[str, dict[str, Float[np.ndarray, "n"]]]
+    threshold: float
 
     def at(self, site: Site | str, role: str, corrupted: str = "key") -> Float[np.ndarray, "n"]:
         """Attribution of one site at one token."""
@@ -57,6 +62,7 @@ def analyse_recall(
     batch_size: int = 64,
     patched: Sequence[Site | str] | None = None,
     corrupted: Sequence[str] = CORRUPTED,
+    parts: Sequence[Sequence[Site | str]] = (),
     threshold: float = 0.01,
 ) -> RecallAnalysis:
     """Behaviour and attribution of a model that recalls.
@@ -67,6 +73,7 @@ def analyse_recall(
       num_examples: documents, rounded up to whole batches; the paper has 320.
       patched: sites, all that have tokens by default.
       corrupted: "key", "value" or both.
+      parts: groups of sites to patch together at all tokens; `mixer_parts` has those of a model's mixers.
       threshold: documents whose corruption loses no more probability have no attribution.
 
     Raises:
@@ -77,16 +84,28 @@ def analyse_recall(
     if unknown := set(corrupted) - set(CORRUPTED):
         raise ValueError(f"corrupted={sorted(unknown)} is not among {', '.join(CORRUPTED)}")
     patched = sites(model.config) if patched is None else as_sites(patched)
+    parts = {" + ".join(map(str, sites)): sites for sites in map(as_sites, parts)}
     batches = [
-        _analyse_batch(model, params, task, seed, np.arange(start, start + batch_size), patched, corrupted, threshold)
+        _analyse_batch(
+            model, params, task, seed, np.arange(start, start + batch_size), patched, corrupted, parts, threshold
+        )
         for start in range(0, num_examples, batch_size)
     ]
-    behaviour, roles, attribution = zip(*batches)
-    join = lambda parts: {name: np.concatenate([part[name] for part in parts], axis=-1) for name in parts[0]}
-    return RecallAnalysis(join(behaviour), patched, roles[0], join(attribution))
+    roles = batches[0][0]
+    behaviour, attribution, parts = jax.tree.map(
+        lambda *values: np.concatenate(values, axis=-1), *(batch[1:] for batch in batches)
+    )
+    return RecallAnalysis(behaviour, patched, roles, attribution, parts, threshold)
 
 
-def _analyse_batch(model, params, task, seed, index, patched, corrupted, threshold):
+def mixer_parts(config: ModelConfig) -> list[tuple[Site, ...]]:
+    """Sites in each layer's mixer that carry information together: w and beta, k and v, q, and so on."""
+    there = set(sites(config))
+    groups = [tuple(Site(layer, tap) for tap in part) for layer in range(config.num_layers) for part in _PARTS]
+    return [group for group in groups if there.issuperset(group)]
+
+
+def _analyse_batch(model, params, task, seed, index, patched, corrupted, parts, threshold):
     examples, places = task.examples(seed, index), task.sites(seed, index)
     rows = np.arange(len(index))
     answer_at = places.pop("answer")
@@ -100,15 +119,25 @@ def _analyse_batch(model, params, task, seed, index, patched, corrupted, thresho
         (accuracy(answer_at - 1, answers), metric, logit_difference(answer_at - 1, answers, other)),
     )  # fmt: skip
     behaviour = dict(zip(("accuracy", "probability", "logit_difference"), map(np.asarray, clean)))
-    attribution = {}
+    attribution, together = {}, {}
     for name in corrupted:
         base = np.maximum(task.replacements(examples.tokens, name, seed, index), 0)
         (lost,) = _measured(model, params, base, inputs, (metric,))
-        restored = interchange_grid(
-            model, params, base, tokens, patched, np.stack(list(places.values())), metric, inputs=inputs
-        )
-        attribution[name] = np.asarray(attribution_score(restored, lost, behaviour["probability"], threshold))
-    return behaviour, tuple(places), attribution
+        restored = [
+            interchange_grid(model, params, base, tokens, grid_sites, where, metric, inputs=inputs)
+            for grid_sites, where in ((patched, np.stack(list(places.values()))), _masks(parts, base.shape))
+        ]
+        alone, groups = (np.asarray(attribution_score(x, lost, behaviour["probability"], threshold)) for x in restored)
+        attribution[name], together[name] = alone, dict(zip(parts, groups))
+    return tuple(places), behaviour, attribution, together
+
+
+def _masks(parts, shape) -> tuple[list[Site], np.ndarray]:
+    """Sites of all groups, and where each group patches them: at all tokens. [groups, sites, *shape]."""
+    members = list(dict.fromkeys(site for group in parts.values() for site in group))
+    is_patched = np.array([[site in group for site in members] for group in parts.values()], bool)
+    is_patched = is_patched.reshape(len(parts), len(members), *[1] * len(shape))
+    return members, np.broadcast_to(is_patched, (len(parts), len(members), *shape))
 
 
 def _inputs(examples):

@@ -36,8 +36,8 @@ def write_recall_report(directory: str | os.PathLike[str], analysed: Mapping[str
     """Writes the report into a directory.
 
     `behaviour.csv` has one row for each model and quantity with its 95 % interval, `attribution.csv` for each model,
-    corrupted token, site and token. Figures are accuracy and ways of the association over training, and each model's
-    attribution by site and token.
+    corrupted token, site and token, and for parts of mixers at all tokens. Figures are accuracy and ways of the
+    association over training, and each model's attribution by site and token.
 
     Args:
       directory: Created if missing; files of the same names are replaced.
@@ -62,6 +62,11 @@ def write_recall_report(directory: str | os.PathLike[str], analysed: Mapping[str
         for corrupted, values in item.analysis.attribution.items()
         for i, site in enumerate(item.analysis.sites)
         for j, role in enumerate(item.analysis.roles)
+    ] + [
+        (label, corrupted, part, "all", *mean_and_interval(values))
+        for label, item in analysed.items()
+        for corrupted, parts in item.analysis.parts.items()
+        for part, values in parts.items()
     ]
     interval = ("mean", "low", "high")
     _write_csv(directory / "behaviour.csv", ("model", "quantity", *interval), behaviour)
@@ -74,20 +79,39 @@ def write_recall_report(directory: str | os.PathLike[str], analysed: Mapping[str
         title="Recall: which tokens carry the association",
         summary={},
         figures=[*_curves(analysed), *(_heat_map(label, item.analysis) for label, item in analysed.items())],
-        texts={"Results": "\n".join(lines), "How to read it": _EXPLANATION},
+        texts={
+            "Results": "\n".join(lines),
+            "Parts of mixers, key corrupted": "\n".join(_part_lines(analysed)),
+            "How to read it": _explanation(analysed),
+        },
     )
+
+
+def _part_lines(analysed) -> list[str]:
+    parts = {label: item.analysis.parts.get("key", {}) for label, item in analysed.items()}
+    return [
+        f"{label}:  " + ",  ".join(f"{part} {mean_and_interval(x)[0]:.2f}" for part, x in found.items())
+        for label, found in parts.items()
+        if found
+    ]
+
+
+def _explanation(analysed) -> str:
+    thresholds = sorted({item.analysis.threshold for item in analysed.values()})
+    return _EXPLANATION.format(threshold=" or ".join(map(report.format_value, thresholds)))
 
 
 _EXPLANATION = """\
 A document tells pairs and asks for one. Its key is corrupted, and one site at one token gets its value from the run on
 the clean document. Attribution is the share of the answer's lost probability that this restores, over documents that
-lose more than 0.01; intervals are 95 % bootstrap intervals over documents.
+lose more than {threshold}; intervals are 95 % bootstrap intervals over documents.
 
 induction: the input of the second layer at the value. The first layer has stored there which key it belongs to.
 direct, layer 1: the same at the key. The second layer finds the key itself, and the value beside it.
-direct, layer 0: the same at the query. The first layer has found the answer already."""
+direct, layer 0: the same at the query. The first layer has found the answer already.
+parts: what sites inside a layer's mixer restore together, patched at all tokens."""
 
-_COSTS = {"tokens_per_second": "tokens/s", "decode_state_bytes": "state bytes"}
+_COSTS = {"tokens_per_second": "tokens/s", "step_bytes": "step bytes", "decode_state_bytes": "state bytes"}
 _WAYS = {"induction": "induction", "direct_second": "direct, layer 1", "direct_first": "direct, layer 0"}
 
 

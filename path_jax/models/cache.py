@@ -23,9 +23,9 @@ def init_cache(config: ModelConfig, batch: int, max_length: int, **cache_options
     """
     if config.num_positions and max_length > config.num_positions:
         raise ValueError(f"{max_length=} is more than the model's {config.num_positions} learned positions")
-    mixer = config.make_mixer()
     return tuple(
-        mixer.init_state(batch, max_length, config.embed_dim, **cache_options) for _ in range(config.num_layers)
+        config.make_mixer(layer).init_state(batch, max_length, config.embed_dim, **cache_options)
+        for layer in range(config.num_layers)
     )
 
 

@@ -1,6 +1,8 @@
 """Decoder language model: pre-norm blocks of a mixer and an MLP.
 
 x = x + mixer(norm(x));  x = x + mlp(norm(x));   logits = head(norm(x))
+
+A block may have no MLP, and layers may have different mixers.
 """
 
 import functools
@@ -42,6 +44,7 @@ class Block(nn.Module):
     """One layer of the model."""
 
     config: ModelConfig
+    layer: int = 0  # for its mixer, where layers differ
 
     @nn.compact
     def __call__(
@@ -56,12 +59,13 @@ class Block(nn.Module):
         dtype = jnp.dtype(config.dtype)
         x = Tap(name="resid_pre")(constrain(x, "batch", "length", "embed"))
         y = Tap(name="mixer_in")(make_norm(config, "mixer_norm")(x))
-        mixer = config.make_mixer("mixer")
+        mixer = config.make_mixer(self.layer, "mixer")
         y, cache = mixer(y, positions=positions, segment_ids=segment_ids, cache=cache, lengths=lengths)
         x = x + Tap(name="mixer_out")(y)
-        y = Tap(name="mlp_in")(make_norm(config, "mlp_norm")(x))
-        mlp = {"swiglu": SwiGLU, "gelu": GeluMLP}[config.mlp](config.mlp_dim, dtype, name="mlp")
-        x = x + Tap(name="mlp_out")(mlp(y))
+        if config.mlp != "none":
+            y = Tap(name="mlp_in")(make_norm(config, "mlp_norm")(x))
+            mlp = {"swiglu": SwiGLU, "gelu": GeluMLP}[config.mlp](config.mlp_dim, dtype, name="mlp")
+            x = x + Tap(name="mlp_out")(mlp(y))
         return Tap(name="resid_post")(x), cache
 
 
@@ -105,7 +109,7 @@ class DecoderLM(nn.Module):
             )
             self.layers = scanned(config)
         else:
-            self.layers = [block(config) for _ in range(config.num_layers)]
+            self.layers = [block(config, i) for i in range(config.num_layers)]
         table = functools.partial(
             nn.Embed, features=config.embed_dim, dtype=dtype, embedding_init=nn.initializers.normal(INIT_STD)
         )

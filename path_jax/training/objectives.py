@@ -60,11 +60,11 @@ def mixer_imitation(model: DecoderLM, teacher: DecoderLM):
         _, captured = teacher.apply(
             {"params": teacher_params}, batch.tokens, **arguments, capture_intermediates=is_tap, mutable="intermediates"
         )
-        mixer, weights = config.make_mixer(), batch.weights[..., None]
+        weights = batch.weights[..., None]
 
-        def error(params, layer):
+        def error(params, layer, index=0):
             x, expected = (layer[name]["__call__"][0] for name in ("mixer_in", "mixer_out"))
-            actual, _ = mixer.apply({"params": params["mixer"]}, x, **arguments)
+            actual, _ = config.make_mixer(index).apply({"params": params["mixer"]}, x, **arguments)
             squares = lambda x: jnp.sum(weights * jnp.square(x.astype(jnp.float32)))
             return squares(actual.astype(jnp.float32) - expected) / jnp.maximum(squares(expected), 1e-30)
 
@@ -73,7 +73,7 @@ def mixer_imitation(model: DecoderLM, teacher: DecoderLM):
             errors = jax.lax.map(lambda pair: error(*pair), (params["layers"], layers["layers"]))
         else:
             names = [f"layers_{i}" for i in range(config.num_layers)]
-            errors = jnp.stack([error(params[name], layers[name]) for name in names])
+            errors = jnp.stack([error(params[name], layers[name], i) for i, name in enumerate(names)])
         # Weighted by tokens, so that micro-batches add up.
         weight = batch.weights.sum()
         metrics = {f"layer_{i}": (weight * errors[i], weight) for i in range(config.num_layers)}

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.core import FrozenDict
 from interpretability.tiny import BASE, BATCH, LENGTH, WIDTH, tiny
 
 from path_jax.interpretability import Site, run, selection, site_shapes, sites, with_weights
@@ -106,6 +107,10 @@ def test_a_site_that_never_fires_is_an_error():
         run(model, params, BASE, edits={"0.mlp_out": lambda value: value[:, 0]})
     with pytest.raises(ValueError, match="the mixer mamba has no attention weights"):
         with_weights(tiny("mamba")[0])
+    options = FrozenDict({"nope": {"qkv_bias": True}})
+    hybrid = with_weights(tiny("mamba+nope", mixer_options=options)[0]).config
+    assert hybrid.mixer_options == {"nope": {"qkv_bias": True, "expose_weights": True}}
+    assert [site for site in sites(hybrid) if site.tap == "attn_probs"] == [Site(1, "attn_probs")]
 
 
 def test_selection_by_position_and_head():

@@ -15,6 +15,7 @@ from path_jax.interpretability.recall import (
     decode_state_bytes,
     mean_and_interval,
     mechanism,
+    mixer_parts,
 )
 from path_jax.interpretability.recall_report import Analysed, recall_table, write_recall_report
 from path_jax.models import ModelConfig
@@ -28,7 +29,13 @@ def test_what_the_first_layer_reads_decides_all():
     analysis = analyse_recall(
         model, params, TASK,
         num_examples=64, patched=["0.resid_pre", "1.resid_pre", "1.resid_post"], threshold=3e-4,
+        parts=[["0.resid_pre"], ["0.mixer.q", "0.mixer.k", "0.mixer.v"]],
     )  # fmt: skip
+    for parts in analysis.parts.values():
+        there = parts["0.resid_pre"]
+        np.testing.assert_allclose(there[np.isfinite(there)], 1, atol=2e-3)
+        some = parts["0.mixer.q + 0.mixer.k + 0.mixer.v"]  # the rest of the corrupted token is in the residual stream
+        assert np.array_equal(np.isfinite(some), np.isfinite(there)) and np.nanmax(np.abs(some - there)) > 0.01
     assert analysis.roles == ("key", "value", "divider", "query")
     for corrupted, other in (("key", "value"), ("value", "key")):
         there = analysis.at("0.resid_pre", corrupted, corrupted)
@@ -60,6 +67,17 @@ def test_batches_are_joined():
         mechanism(whole)
 
 
+def test_parts_of_mixers():
+    parts = mixer_parts(tiny("path_fox")[0].config)
+    assert [" + ".join(map(str, part)) for part in parts[:4]] == [
+        "0.mixer.w + 0.mixer.beta", "0.mixer.k + 0.mixer.v", "0.mixer.q", "0.mixer.log_forget",
+    ]  # fmt: skip
+    assert len(parts) == 10 and parts[4] == (Site(0, "conv_out"),)
+    assert [str(site) for (site,) in mixer_parts(tiny("mamba", 1)[0].config)] == [
+        "0.mixer.conv_out", "0.mixer.recurrence", "0.mixer.gate",
+    ]  # fmt: skip
+
+
 def test_intervals_hold_the_mean():
     """Coverage over many samples, and rows without numbers."""
     draws = np.random.default_rng(0)
@@ -83,7 +101,9 @@ def make_analysed(accuracy):
     values = np.full((2, 4, 10), 0.25)
     values[1, 1] = 0.75
     behaviour = {name: np.full(10, accuracy) for name in ("accuracy", "probability", "logit_difference")}
-    analysis = RecallAnalysis(behaviour, sites, roles, {"key": values})
+    analysis = RecallAnalysis(
+        behaviour, sites, roles, {"key": values}, {"key": {"0.mixer.q": values[0, 0]}}, threshold=0.02
+    )
     return Analysed({}, analysis, {"parameters": 1000}, {10: analysis, 20: analysis})
 
 
@@ -92,7 +112,7 @@ def test_report(tmp_path):
     assert write_recall_report(tmp_path, analysed) == tmp_path / "report.html"
     with (tmp_path / "attribution.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == 2 * 2 * 4
+    assert len(rows) == 2 * (2 * 4 + 1)
     assert [row["mean"] for row in rows if row["site"] == "1.resid_pre" and row["token"] == "value"] == ["0.75"] * 2
     with (tmp_path / "behaviour.csv").open() as file:
         found = {(row["model"], row["quantity"]): float(row["mean"]) for row in csv.DictReader(file)}
@@ -100,6 +120,7 @@ def test_report(tmp_path):
     assert (tmp_path / "induction_over_training.csv").exists() and (tmp_path / "report.png").stat().st_size > 10_000
     text = (tmp_path / "report.html").read_text()
     assert "0.750 [0.750, 0.750]" in text and "direct, layer 0" in text
+    assert "lose more than 0.02;" in text and "mamba:  0.mixer.q 0.25" in text
     assert [column.header for column in recall_table(analysed).columns][:3] == ["model", "accuracy", "induction"]
 
 

@@ -17,6 +17,9 @@ VARIANTS = {
     "deltanet": dict(mixer="deltanet", num_kv_heads=None),
     "mamba": dict(mixer="mamba", num_kv_heads=None),
     "stick_breaking": dict(mixer="stick_breaking"),
+    "hybrid": dict(
+        num_layers=3, mixer="mamba+path_fox", mixer_options={"mamba": {"conv_size": 2}}, scan_layers=False, mlp="none"
+    ),
 }
 
 

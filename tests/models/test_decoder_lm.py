@@ -10,7 +10,7 @@ import pytest
 
 from path_jax.models import DecoderLM, ModelConfig
 from path_jax.models.cache import init_cache
-from path_jax.models.decoder_lm import count_parameters
+from path_jax.models.decoder_lm import Block, count_parameters
 from path_jax.models.stacking import stack_layers, unstack_layers
 from path_jax.nn.taps import BLOCK_TAPS, is_tap
 
@@ -160,6 +160,30 @@ def test_taps_of_every_layer_can_be_captured(scan_layers):
     assert set(layer["mixer"]) == {"q", "k", "v", "w", "beta", "log_forget", "conv_out", "head_out"}
 
 
+def test_layers_take_the_mixers_in_turn():
+    options = {"mamba": {"conv_size": 2}}
+    config = tiny(num_layers=3, mixer="mamba+rope", mixer_options=options, scan_layers=False, mlp="none")
+    params = random_params(config)
+    assert [set(params[f"layers_{i}"]) for i in range(3)] == [{"mixer", "mixer_norm"}] * 3
+    assert ["q_proj" in params[f"layers_{i}"]["mixer"] for i in range(3)] == [False, True, False]
+    assert params["layers_0"]["mixer"]["conv"]["kernel"].shape == params["layers_2"]["mixer"]["conv"]["kernel"].shape
+    alone = {name: tiny(num_layers=1, mixer=name, scan_layers=False, mlp="none") for name in ("rope", "mamba")}
+    alone["mamba"] = dataclasses.replace(alone["mamba"], mixer_options=options["mamba"])
+    x = jnp.asarray(np.random.default_rng(2).standard_normal((2, 9, WIDTH)), jnp.float32)
+    expected = x
+    for i in range(3):
+        layer = params[f"layers_{i}"]
+        mixer = alone[config.mixers[i % 2]].make_mixer()
+        scaled = expected * jax.lax.rsqrt(jnp.mean(expected**2, axis=-1, keepdims=True) + 1e-6)
+        expected += mixer.apply({"params": layer["mixer"]}, scaled * layer["mixer_norm"]["scale"])[0]
+    actual = x
+    for i in range(3):
+        actual, _ = Block(config, i).apply({"params": params[f"layers_{i}"]}, actual, None, None)
+    assert_close(actual, expected, "logits")
+    without = tiny(mixer="mamba").train_flops_per_token(0, 7)
+    assert config.train_flops_per_token(0, 7) - without == 12 * WIDTH * 4  # one layer compares, with 4 keys on average
+
+
 def test_a_scan_does_not_decode():
     config = tiny()
     with pytest.raises(ValueError, match="unrolled"):
@@ -193,6 +217,12 @@ def test_760m_shapes():
     [
         (dict(num_layers=0), "num_layers=0 must be positive"),
         (dict(vocab_size=-1), "vocab_size=-1 must be positive"),
+        (dict(mixer="rope+mamba"), "mixer=rope.mamba needs scan_layers=False"),
+        (dict(mixer="rope+fourier", scan_layers=False), "mixer='fourier' is unknown"),
+        (
+            dict(mixer="rope+mamba", scan_layers=False, mixer_options={"conv_size": 0}),
+            "by the name of a mixer, got conv_size=0",
+        ),
         (dict(mixer="fourier"), "mixer='fourier' is unknown; choose from path, path_fox, fox"),
         (dict(remat="some"), "remat='some' is unknown; choose from none, full, dots"),
         (dict(dtype="int8"), "dtype='int8' is unknown"),
