@@ -209,7 +209,7 @@ def _visited(model, params, tokens, visit, inputs) -> LMOutput:
         return visit(Site(int(layer.removeprefix("layers_")), tap), value)
 
     with nn.intercept_methods(intercept):
-        return model.apply({"params": params}, tokens, **inputs)
+        return model.apply({"params": params}, jnp.asarray(tokens), **jax.tree.map(jnp.asarray, inputs))
 
 
 def _edited(site, edit, value):

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import itertools
 import math
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -120,6 +121,13 @@ def mamba_steps(x, dt, a, b, c, state=None):
     return scan_steps(step, state, (x, dt, b, c))
 
 
+def selective_scan_elsewhere(*args, **options):
+    """As it is compiled for accelerators, on the CPU."""
+    elsewhere = lambda *args, cpu, default: default(*args)
+    with mock.patch.object(jax.lax, "platform_dependent", elsewhere):
+        return selective_scan(*args, **options)
+
+
 def stick_steps(q, k, v):
     """Plain products instead of sums of logarithms; one key after the other, for all queries at once."""
     k, v = (jnp.repeat(x, HEADS // KV_HEADS, axis=2) for x in (k, v))
@@ -138,6 +146,12 @@ def stick_steps(q, k, v):
 FORMS = {  # name: inputs, definition, whole form, plain differentiable form
     "delta": (delta_inputs, define_delta, functools.partial(delta_rule, chunk_size=CHUNK_SIZE), delta_steps),
     "mamba": (mamba_inputs, define_mamba, functools.partial(selective_scan, chunk_size=CHUNK_SIZE), mamba_steps),
+    "mamba of accelerators": (
+        mamba_inputs,
+        define_mamba,
+        functools.partial(selective_scan_elsewhere, chunk_size=CHUNK_SIZE),
+        mamba_steps,
+    ),
     "stick": (
         stick_inputs,
         define_stick,
