@@ -49,8 +49,8 @@ def selective_scan(
 
         s_t = exp(dt_t a) s_{t-1} + dt_t x_t b_t,    y_t = sum_p c_tp s_tp        (per channel e; p = 1 ... P)
 
-    An associative scan inside each chunk (on a CPU a plain one, which takes a tenth of the time there), a plain one over
-    the chunks. Memory is O(chunk_size E P + T E P / chunk_size) besides the inputs, backward pass (which computes every
+    An associative scan inside each chunk (on a CPU a plain one, which takes a tenth of the time), a plain one over the
+    chunks. Memory is O(chunk_size E P + T E P / chunk_size) besides the inputs, backward pass (which computes every
     chunk again) included.
 
     Args:

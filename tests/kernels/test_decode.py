@@ -123,7 +123,7 @@ def test_closed_superchunks_never_change():
     jax.tree.map(np.testing.assert_array_equal, pages(decoder.cache), before)
 
 
-@pytest.mark.parametrize("kind", ["path_fox", "fox"])
+@pytest.mark.parametrize("kind", ["path_fox", pytest.param("fox", marks=pytest.mark.slow)])
 def test_pruned_pages_are_not_read(kind):
     inputs = random_inputs(3, 600, **SHAPE, path=kind != "fox", gate=0.057)
     inputs = cast(inputs | {"q": 0.02 * inputs["q"]}, "float32")
@@ -144,6 +144,7 @@ def test_rows_that_outgrow_the_cache_are_nan():
     assert np.isfinite(out[0]).all() and np.isnan(out[1]).all()
 
 
+@pytest.mark.slow
 def test_float64_is_kept():
     with enable_x64(True):
         inputs = cast(random_inputs(5, 70, **SHAPE), "float64")
@@ -151,7 +152,7 @@ def test_float64_is_kept():
         np.testing.assert_allclose(out, full(inputs, implementation="reference"), atol=1e-12)
 
 
-@pytest.mark.parametrize("length", [0, 5])
+@pytest.mark.parametrize("length", [pytest.param(0, marks=pytest.mark.slow), 5])
 def test_full_rows_change_no_page(length):
     """Neither by tokens that do not fit nor by a call that brings them none: other rows may share the page."""
     inputs = cast(random_inputs(14, 128, **SHAPE), "float32")

@@ -76,7 +76,9 @@ def test_scanned_equals_unrolled():
     assert all(np.isfinite(leaf).all() and np.abs(leaf).max() > 1e-5 for leaf in jax.tree.leaves(gradients))
 
 
-@pytest.mark.parametrize("remat, scan_layers", [("full", True), ("dots", True), ("full", False)])
+@pytest.mark.parametrize(
+    "remat, scan_layers", [("full", True), pytest.param("dots", True, marks=pytest.mark.slow), ("full", False)]
+)
 def test_remat_changes_nothing(remat, scan_layers):
     config, plain = tiny(mixer="nope", remat=remat, scan_layers=scan_layers), tiny(mixer="nope")
     assert_same_function(config, plain)

@@ -26,7 +26,7 @@ def make_model(mixer):
 PROMPT = np.random.default_rng(0).integers(0, VOCAB, (3, 5))
 
 
-SLOW = {"path", "fox", "nope", "based", "h3", "hyena", "base_conv"}
+SLOW = {"path", "fox", "rope", "nope", "deltanet", "based", "h3", "hyena", "base_conv"}
 
 
 @pytest.mark.parametrize(

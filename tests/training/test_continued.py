@@ -17,7 +17,7 @@ from path_jax.training.objectives import language_modelling
 
 @pytest.mark.parametrize(
     "name",
-    ["fla-path-fox", "gguf", *(pytest.param(name, marks=pytest.mark.slow) for name in ("fox-pro", "llama", "gpt2"))],
+    ["fla-path-fox", *(pytest.param(name, marks=pytest.mark.slow) for name in ("gguf", "fox-pro", "llama", "gpt2"))],
 )
 def test_one_more_step(name, tmp_path):
     if name == "gguf":

@@ -62,7 +62,7 @@ def scanned(path):
 
 
 @pytest.mark.parametrize("stage", ["mse", "kl"])
-@pytest.mark.parametrize("scan_layers, accumulate", [(True, 1), (False, 2)])
+@pytest.mark.parametrize("scan_layers, accumulate", [(True, 1), pytest.param(False, 2, marks=pytest.mark.slow)])
 def test_a_copy_of_the_teacher_has_nothing_to_learn(teacher, tmp_path, stage, scan_layers, accumulate):
     model = dict(mixer="rope", mixer_options=dict(rope_theta=5e5), scan_layers=scan_layers)
     chunked = dict(accumulate=accumulate, loss_chunk=24)
