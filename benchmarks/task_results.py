@@ -28,10 +28,11 @@ _PAPER = {
 }
 
 
-def _load(folder: Path) -> dict:
-    """Settings (from the name), configuration and results of a finished run."""
+def load_run(folder: Path) -> dict:
+    """Label and settings (from the name), configuration, results and summary of a finished run."""
     read = lambda name: json.loads((folder / name).read_text())
     return {
+        "label": folder.name,
         "settings": dict(part.split("=", 1) for part in folder.name.split(",")),
         "config": read("resolved.json"),
         "results": read("results.json")["task"],
@@ -39,7 +40,7 @@ def _load(folder: Path) -> dict:
     }
 
 
-def _groups(runs: list[dict]) -> dict[tuple, list[dict]]:
+def group_runs(runs: list[dict]) -> dict[tuple, list[dict]]:
     """Runs that differ by the seed alone."""
     groups: dict[tuple, list[dict]] = {}
     for run in runs:
@@ -60,7 +61,8 @@ def _cell(runs: list[dict], variant: str) -> str:
     return f"**{_percent(errors / scored)}** [{_percent(low)}, {_percent(high)}] ({seeds})"
 
 
-def _setting(config: dict) -> str:
+def setting(config: dict) -> str:
+    """Sizes of model, task and training in a line."""
     model, data, train = config["model"], config["data"], config["train"]
     options = ", ".join(f"{name} {value}" for name, value in data["task_options"].items())
     layers = "1 layer" if model["num_layers"] == 1 else f"{model['num_layers']} layers"
@@ -77,15 +79,15 @@ def page(sweep: Path, title: str, text: str) -> list[str]:
     Raises:
       FileNotFoundError: if the sweep has not finished.
     """
-    runs = [_load(path.parent) for path in sorted(sweep.glob("runs/*/results.json"))]
+    runs = [load_run(path.parent) for path in sorted(sweep.glob("runs/*/results.json"))]
     if not runs or not (sweep / "report.png").exists():
         raise FileNotFoundError(f"{sweep} is not the directory of a finished sweep")
     task = runs[0]["config"]["data"]["task"]
     paper = _PAPER.get(task, {})
     variants = [name.removesuffix("/errors") for name in runs[0]["results"] if name.endswith("/errors")]
-    groups = _groups(runs)
+    groups = group_runs(runs)
     keys = [key for key, _ in next(iter(groups))]
-    settings = list(dict.fromkeys(_setting(group[0]["config"]) for group in groups.values()))
+    settings = list(dict.fromkeys(setting(group[0]["config"]) for group in groups.values()))
     scored = {
         name: min(sum(run["results"][f"{name}/scored"] for run in group) for group in groups.values())
         for name in variants

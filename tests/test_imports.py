@@ -45,6 +45,7 @@ ALLOWED = {
     "benchmarks.gpu_jax": ["benchmarks", "pallas_kernels", "path_jax", "configs"],
     "benchmarks.gpu_table": ["benchmarks", "path_jax.report"],
     "benchmarks.task_results": ["path_jax.evaluation.task_accuracy"],
+    "benchmarks.recall_results": ["benchmarks", "path_jax.report"],
     "benchmarks.tpu_tune": ["benchmarks", "pallas_kernels"],
     "pallas_kernels.benchmark": [
         "pallas_kernels",

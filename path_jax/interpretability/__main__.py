@@ -38,7 +38,7 @@ from path_jax.sweep import Run, resolve
 from path_jax.training.objectives import language_modelling
 
 # Mixers that --preset=small trains, each with the arguments of configs/recall.py that it needs minutes for.
-_SMALL = ("nope", "path", "mamba")
+_SMALL = ("attention", "path", "mamba")
 
 
 def _analyse(run: Path, num_examples: int) -> Analysed:
@@ -86,7 +86,9 @@ def _train(config: Mapping[str, Any], workdir: Path) -> None:
 def _runs(args) -> dict[str, Path]:
     """Directories of finished runs by label, trained first where asked for."""
     if args.checkpoint:
-        found = [Path(x) for part in args.checkpoint.split(",") for x in sorted(glob.glob(part)) or [part]]
+        # Folders of sweeps have commas in their names.
+        parts = [args.checkpoint] if glob.glob(args.checkpoint) else args.checkpoint.split(",")
+        found = [Path(x) for part in parts for x in sorted(glob.glob(part)) or [part]]
         return {path.name if len({p.name for p in found}) == len(found) else str(path): path for path in found}
     if args.config:
         wanted = {"run": args.config}

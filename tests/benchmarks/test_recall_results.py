@@ -1,0 +1,52 @@
+"""The page of recall runs: seeds side by side, mechanism from the analysis, nothing without it."""
+
+import csv
+import json
+
+import pytest
+
+from benchmarks import recall_results
+
+
+def write_sweep(folder, analysed=("mixer=path,seed=0,lr=1e-3", "mixer=path,seed=1,lr=1e-3")):
+    for seed in range(2):
+        run = folder / "runs" / f"mixer=path,seed={seed},lr=1e-3"
+        run.mkdir(parents=True)
+        model = dict(num_layers=2, embed_dim=64, num_heads=1, mixer="path")
+        data = dict(task="ar", task_options=dict(num_kv=60), sequence_length=20, batch_size=32)
+        results = {"in_distribution/error": 0.25 * seed, "pairs_x2/error": 0.5}
+        for name, values in (
+            ("resolved", dict(model=model, data=data, train=dict(num_steps=4000))),
+            ("results", {"task": results}),
+            ("summary", dict(parameters=1234, seconds=1800)),
+        ):
+            (run / f"{name}.json").write_text(json.dumps(values))
+    (folder / "analysis").mkdir()
+    with (folder / "analysis" / "attribution.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["model", "corrupted", "site", "token", "mean", "low", "high"])
+        for label, mean in zip(analysed, (0.5, 1.0)):
+            writer.writerow([label, "key", "1.resid_pre", "value", mean, 0, 1])
+            writer.writerow([label, "key", "0.mixer.w + 0.mixer.beta", "all", mean, 0, 1])
+            writer.writerow([label, "value", "1.resid_pre", "value", 0.125, 0, 1])
+    (folder / "analysis" / "behaviour.csv").write_text("model\n")
+
+
+def test_seeds_are_side_by_side(tmp_path):
+    write_sweep(tmp_path / "sweep")
+    page = tmp_path / "ar.md"
+    recall_results.main([str(tmp_path / "sweep"), "--title=Recall", "--text=Small.", f"--output={page}"])
+    text = page.read_text()
+    row = "| path | 1e-3 | 1,234 | **0.88** (1.00, 0.75) | **0.50** (0.50, 0.50) | **0.75** (0.50, 1.00) |  |  |  |"
+    assert row in text and "1.0 hours" in text and "Small." in text
+    header, _, parts = text[text.index("| mixer | layer 0") :].splitlines()[:3]
+    assert parts.split(" | ")[header.split(" | ").index("layer 0: w, beta")] == "0.75" and "0.12" not in text
+    assert page.with_suffix(".png").stat().st_size > 10_000
+    assert (tmp_path / "ar_attribution.csv").exists() and (tmp_path / "ar_behaviour.csv").exists()
+
+
+def test_runs_without_analysis_have_no_page(tmp_path, capsys):
+    write_sweep(tmp_path / "sweep", analysed=("mixer=path,seed=0,lr=1e-3",))
+    with pytest.raises(SystemExit):
+        recall_results.main([str(tmp_path / "sweep"), "--title=x", f"--output={tmp_path / 'x.md'}"])
+    assert "has no mixer=path,seed=1,lr=1e-3" in capsys.readouterr().err and not (tmp_path / "x.md").exists()
