@@ -116,11 +116,12 @@ _WAYS = {"induction": "induction", "direct_second": "direct, layer 1", "direct_f
 
 
 def recall_table(analysed: Mapping[str, Analysed]) -> Table:
-    """The main results as a table for the terminal, without intervals."""
+    """The main results as a table for the terminal, without intervals and most costs."""
     header, rows = _table(analysed, is_short=True)
     table = Table(*header)
     for row in rows:
         table.add_row(*row)
+    table.columns[0].overflow = "fold"  # a name is not cut off
     return table
 
 
@@ -135,6 +136,7 @@ def _has_two_layers(analysis):
 
 def _table(analysed, is_short: bool = False) -> tuple[list[str], list[list[str]]]:
     costs = list(dict.fromkeys(name for item in analysed.values() for name in item.costs))
+    costs = [name for name in costs if not is_short or name == "decode_state_bytes"]
     quantities = {label: _quantities(item.analysis) for label, item in analysed.items()}
     names = dict.fromkeys(name for found in quantities.values() for name in found)
     names = [name for name in names if not is_short or name in ("accuracy", *_WAYS)]
