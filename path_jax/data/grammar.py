@@ -178,11 +178,12 @@ class Grammar:
 
         Args:
           draws: of n examples.
-          limit: S, greatest number of terminals.
+          limit: greatest number of terminals.
 
         Returns:
           Terminals, -1 after the end; the place of each terminal's parent, -1 for the root and after the end; and the
-          number of terminals. Where a sentence is longer than S, both are -1, and the number is some number above S.
+          number of terminals. Where a sentence is longer than the limit, both are -1, and the number is some number
+          above it. S is the greatest number of the others.
         """
         key, chance = draws.integers(2**53), draws.uniform()
         symbol = self._starts.draw(np.zeros(len(key), np.int64), chance)
@@ -207,7 +208,8 @@ class Grammar:
             widths.append(width)
             below = 1 + width.sum(axis=1)
         # Down again, for the places.
-        terminals, parents = np.full((2, len(size), limit), -1, np.int32)
+        longest = max(size[size <= limit], default=1)
+        terminals, parents = np.full((2, len(size), longest), -1, np.int32)
         first, above, is_left = np.zeros(len(size), np.int64), np.full(len(size), -1), self.head_position == "left"
         for (row, head, rhs, is_expanded, node), width in zip(levels, reversed(widths)):
             place = first[:, None] + is_left + np.cumsum(width, axis=1) - width

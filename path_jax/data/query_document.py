@@ -213,10 +213,10 @@ class QueryTask:
 
         Args:
           sample: given draws for m examples and which of the n they are, returns whether each is accepted, bool [m],
-            and arrays [m, ...].
+            and arrays [m] and [m, S], where S may be another one each time.
 
         Returns:
-          The arrays of all examples, [n, ...].
+          The arrays of all examples, [n] and [n, greatest S]; -1 behind shorter ones.
 
         Raises:
           ValueError: when an example is not accepted in so many tries.
@@ -225,9 +225,8 @@ class QueryTask:
         pending, wholes = np.arange(len(series)), None
         for attempt in range(num_tries):
             is_accepted, *parts = sample(Draws(attempt, series[pending]), pending)
-            wholes = wholes or [np.empty_like(part) for part in parts]
-            for whole, part in zip(wholes, parts):
-                whole[pending[is_accepted]] = part[is_accepted]
+            accepted, parts = pending[is_accepted], [part[is_accepted] for part in parts]
+            wholes = [_with_rows(*pair, accepted, len(series)) for pair in zip(wholes or [None] * len(parts), parts)]
             pending = pending[~is_accepted]
             if not len(pending):
                 return wholes
@@ -235,6 +234,19 @@ class QueryTask:
             f"example {np.asarray(index)[pending[0]]} has no pair to ask for in {num_tries} tries: "
             f"split={self.split!r}, train_test_split={self.train_test_split}"
         )
+
+
+def _with_rows(whole, part, rows, num_rows):
+    """`whole` with these rows, made or widened where needed."""
+    if whole is None:
+        whole = np.full((num_rows, *part.shape[1:]), -1, part.dtype)
+    if part.ndim == 1:
+        whole[rows] = part
+        return whole
+    if (missing := part.shape[1] - whole.shape[1]) > 0:
+        whole = np.pad(whole, ((0, 0), (0, missing)), constant_values=-1)
+    whole[rows, : part.shape[1]] = part
+    return whole
 
 
 def one_of(mask: Bool[np.ndarray, "n S"], chance: Float[np.ndarray, "n"]) -> Int[np.ndarray, "n"]:

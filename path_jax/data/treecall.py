@@ -132,10 +132,9 @@ class Treecall(QueryTask):
             chance = draws.uniform(3)
             terminals, parents, size = self.grammar.sentences(draws, self._max_sentence)
             text = np.where(terminals >= 0, FIRST_ITEM + terminals, -1)
-            fits = size <= self._max_sentence
-            width = max(size[fits], default=1)  # the other columns are empty
-            kind, key, value, is_asked = self._questions(text[:, :width], parents[:, :width], chance)
-            return fits & (size >= self.min_sentence) & is_asked, text, parents, size, first_kind + kind, key, value
+            kind, key, value, is_asked = self._questions(text, parents, chance)
+            fits = (size >= self.min_sentence) & (size <= self._max_sentence)
+            return fits & is_asked, text, parents, size, first_kind + kind, key, value
 
         text, parents, size, kind, key, value = self.first_accepted(sample, seed, index)
         distance = np.maximum(abs(key - value), 1)
@@ -191,9 +190,10 @@ class Treecall(QueryTask):
 def _is_last(text):
     """Whether no later place of the row holds the same id; bool [n, S] as `text`."""
     width = text.shape[1]
-    packed = np.sort(text.astype(np.int64) * width + np.arange(width), axis=1)
+    kind = np.int32 if (text.max(initial=0) + 1) * width < 2**31 else np.int64  # 32 bits are sorted in half the time
+    ids, place = np.divmod(np.sort(text.astype(kind) * kind(width) + np.arange(width, dtype=kind), axis=1), kind(width))
     is_last = np.ones(text.shape, bool)
-    is_last[:, :-1] = packed[:, :-1] // width != packed[:, 1:] // width
+    is_last[:, :-1] = ids[:, :-1] != ids[:, 1:]
     found = np.empty_like(is_last)
-    np.put_along_axis(found, packed % width, is_last, axis=1)
+    np.put_along_axis(found, place, is_last, axis=1)
     return found
