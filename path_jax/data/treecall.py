@@ -160,10 +160,12 @@ class Treecall(QueryTask):
             at = np.nonzero(is_pair)
             is_pair[at] = self.may_ask(text[at[0], answer[at]], text[at[0], query[at]])
             kinds.append((query, answer, is_pair))
-        queries, answers, pairs = (np.stack(parts, axis=1) for parts in zip(*kinds))
-        has_pairs = pairs.any(axis=2)
+        has_pairs = np.stack([is_pair.any(axis=1) for _, _, is_pair in kinds], axis=1)
         kind = one_of(has_pairs, chance[:, 0])
-        query, answer, is_pair = (parts[rows, kind] for parts in (queries, answers, pairs))
+        query, answer, is_pair = kinds[0]
+        for number, parts in enumerate(kinds[1:], 1):
+            is_this = (kind == number)[:, None]
+            query, answer, is_pair = (np.where(is_this, *pair) for pair in zip(parts, (query, answer, is_pair)))
         first = answer if self.sample_first == "target" else query
         is_first, at = np.zeros(text.shape, bool), np.nonzero(is_pair)
         is_first[at[0], first[at]] = True
