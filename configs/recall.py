@@ -7,9 +7,9 @@
         --select lr=1e-3,3e-3 --output=runs/ar
     python -m path_jax.interpretability recall --checkpoint='runs/ar/runs/*' --output=runs/ar/analysis
 
-Argument: task = mqrar | ar | atr, size = cpu | paper | debug (ar: small too), mixer = one of common.TASK_MIXERS, or
-several joined by +, lr, seed, steps; mqrar: back = N; ar, atr: width, layers, conv_size = tokens of the short
-convolution in mamba, deltanet, path and path_fox, mixer = attention too: with learned positions.
+Argument: task = mqrar | ar | atr, size = cpu | paper | debug (ar, atr: small too), mixer = one of common.TASK_MIXERS,
+lr, seed, steps; mqrar: back = N; ar, atr: width, layers, conv_size = tokens of the short convolution in mamba,
+deltanet, path and path_fox, mixer = attention too, with learned positions, or several mixers joined by +.
 
 mqrar: the value that a key had N writes ago, while values keep changing. `paper` is 2 layers of width 256 with 2 heads,
 32 keys and 768 tokens, as Yang et al., "PaTH Attention" (arXiv 2505.16381), section 4.1, describe it; they state
@@ -20,8 +20,8 @@ ar, atr: one question after pairs, or after a sentence of a random grammar. `pap
 "Mechanistic evaluation of Transformers and state space models" (arXiv 2505.15105): 2 layers with one head, 8192 keys
 and values, 16 pairs (their 32 tokens), 100,032 documents read 16 times (ar) or 32 times (atr) in batches of 32; they
 take learning rates from 3e-5 to 3e-2 and widths from 16 to 256. `cpu` has 500 keys and values and new documents always;
-`small` 60 of them and 2 to 8 pairs. Its warm-up, half of its steps, is long (5000 steps in the paper): attention stays
-at a plateau where a rate of 3e-3 comes before its first layer has found the token before.
+`small` has 60 of them and 2 to 8 pairs, or sentences of up to 28 terminals. Its warm-up, half of its steps, is long
+(5000 steps in the paper): attention stays at a plateau where a rate of 3e-3 comes before it has found the token before.
 As in their code, attention, based, base_conv, h3, hyena, mamba and deltanet have learned positions, mamba has no MLPs,
 and based is a gated short convolution in the first layer and linear attention in the second; base_conv is long filters.
 """
@@ -42,6 +42,7 @@ _AR = {
     "debug": (dict(num_kv=20, min_length=4, max_length=8), 24, 12, (32, 20, 16, 200)),
 }
 _ATR = {
+    "small": ({}, 26, 32, (64, 4000, 32, 2_000)),
     "cpu": ({}, 26, 64, (64, 4000, 64, 5_000)),
     "paper": (dict(num_terminals=8192, train_set_size=100_032), 8198, 1028, (64, 100_032, 32, 5_000)),
     "debug": (dict(num_nonterminals=10, max_depth=5), 26, 40, (32, 20, 16, 200)),

@@ -74,7 +74,7 @@ def test_bad_arguments_name_the_choices():
         (recall, "back=2", ("cpu", "paper")),
         (recall, "task=ar,mixer=based", ("small", "cpu", "paper")),
         (recall, "task=ar,mixer=mamba+rope,layers=3", ("cpu",)),
-        (recall, "task=atr,mixer=mamba,conv_size=2", ("cpu", "paper")),
+        (recall, "task=atr,mixer=mamba,conv_size=2", ("small", "cpu", "paper")),
         (tracking, "task=code_variables", ("cpu",)),
         (tracking, "task=boxes", ("cpu",)),
     ],
