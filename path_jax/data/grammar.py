@@ -208,7 +208,7 @@ class Grammar:
             widths.append(width)
             below = 1 + width.sum(axis=1)
         # Down again, for the places.
-        longest = max(size[size <= limit], default=1)
+        longest = size[size <= limit].max(initial=1)
         terminals, parents = np.full((2, len(size), longest), -1, np.int32)
         first, above, is_left = np.zeros(len(size), np.int64), np.full(len(size), -1), self.head_position == "left"
         for (row, head, rhs, is_expanded, node), width in zip(levels, reversed(widths)):
