@@ -6,15 +6,16 @@
     python -m path_jax.sweep --config=configs/group_words.py:size=paper,group=a5 \
         --vary mixer=path,rope,fox --vary layers=1,2,3,4 --select lr=3e-4,1e-3 --output=runs/a5
 
-Argument: size = cpu | paper | debug, group = s5 | a5 | s3 | z2 ..., generators = all | swaps | a number (swaps for S_n,
-else all), length (factors), mixer = one of common.TASK_MIXERS, layers, lr, seed, steps.
+Argument: size = cpu | paper | debug, group = s5 | a5 | s3 | z2 ..., generators = all | swaps | involutions | a number
+(swaps for S_n, else all), length (factors), mixer = one of common.TASK_MIXERS, layers, lr, seed, steps.
 
 Yang et al., "PaTH Attention" (arXiv 2505.16381), section 4.1, after Merrill et al. (arXiv 2404.08819): a model of few
 layers that is right at more than 90 % of the positions at the trained length, on A5 with any element as factor. Neither
 states width and learning rate for these models; 4 heads of 32 (`paper`) and of 16 (`cpu`) are ours. `paper` takes 20
 factors. `cpu` takes minutes and multiplies swaps of five things, which is the case of the paper's theorem: one swap is
-one reflection, and after two of them the product is in A5, whatever they are. Each row begins with a token of its own.
-Evaluated at one, two and four times the length.
+one reflection, and after two of them the product is in A5, whatever they are. `group=a5,generators=involutions` has
+words of A5 whose factors are the 15 elements of order 2, half turns of an icosahedron: reflections but for a sign. Each
+row begins with a token of its own. Evaluated at one, two and four times the length.
 """
 
 from configs import common

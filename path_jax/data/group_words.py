@@ -61,7 +61,8 @@ class GroupWords:
       generators: "all" elements, or fewer that the factors are drawn from; the answers are all elements. A number n
         means the elements 0 (the unit) ... n - 1: Z_7 with two of them counts ones modulo 7. "swaps" are the
         permutations that exchange two things, each of which is one reflection of the space in which every thing has an
-        axis.
+        axis; "involutions" are the elements of order 2. Those of A5 are half turns of an icosahedron: reflections, but
+        for the sign of all axes.
       start: each row begins with a token of its own, which is no factor and not scored. Nothing else tells a mixer
         without positions which factor is the first.
     """
@@ -75,11 +76,13 @@ class GroupWords:
         if self.length < 1 + self.start:
             raise ValueError(f"length={self.length} must be at least {1 + self.start}")
         order = len(multiplication_table(self.group))
-        if self.generators == "swaps":
-            if self.group[0] != "s" or order < 2:
-                raise ValueError(f"group={self.group!r} has no swaps")
+        if self.generators in ("swaps", "involutions"):
+            if (self.generators == "swaps" and self.group[0] != "s") or not len(self._factors):
+                raise ValueError(f"group={self.group!r} has no {self.generators}")
         elif self.generators != "all" and not (isinstance(self.generators, int) and 2 <= self.generators <= order):
-            raise ValueError(f"generators={self.generators!r} must be all, swaps or a number in [2, {order}]")
+            raise ValueError(
+                f"generators={self.generators!r} must be all, swaps, involutions or a number in [2, {order}]"
+            )
 
     @property
     def vocab_size(self) -> int:
@@ -93,6 +96,8 @@ class GroupWords:
         if self.generators == "swaps":
             elements = _permutations(int(self.group[1:]), is_even=False)
             return np.array([i for i, p in enumerate(elements) if sum(j != x for j, x in enumerate(p)) == 2])
+        if self.generators == "involutions":
+            return 1 + np.flatnonzero(np.diagonal(table)[1:] == 0)
         return np.arange(len(table) if self.generators == "all" else self.generators)
 
     @property

@@ -44,6 +44,9 @@ def group_answers(task, tokens):
     for t, token in enumerate(tokens[first:], first):
         if task.generators == "swaps":
             assert sum(i != x for i, x in enumerate(elements[token])) == 2
+        if task.generators == "involutions":
+            twice = tuple(elements[token][i] for i in elements[token])
+            assert twice == tuple(range(len(twice))) != elements[token]
         product = tuple(product[i] for i in elements[token])
         yield t, elements.index(product), halvings(t + 1 - first)
 
