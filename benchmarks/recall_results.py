@@ -48,6 +48,7 @@ class _Group(NamedTuple):
     """Runs that differ by the seed alone."""
 
     name: str
+    lr: str
     runs: list[dict]
     ways: dict[str, list[float]]  # restored at a token in the second layer's input, of all seeds
     parts: dict[str, list[float]]  # restored by a part of a mixer at all tokens
@@ -81,7 +82,7 @@ def read_groups(sweep: Path) -> list[_Group]:
         }
         ways = {way: values("1.resid_pre", token) for way, token in _WAYS.items()}
         name = found["mixer"] + (f", convolution {found['conv_size']}" if "conv_size" in found else "")
-        groups.append(_Group(name, members, ways, parts))
+        groups.append(_Group(name, found.get("lr", ""), members, ways, parts))
     return groups
 
 
@@ -92,7 +93,7 @@ def page(groups: Sequence[_Group], title: str, text: str) -> list[str]:
         results = [run["results"] for run in group.runs]
         longer = [x for found in results for name, x in found.items() if name.endswith("_x2/error")]
         rows.append([
-            group.name, group.runs[0]["settings"].get("lr", ""), f"{group.runs[0]['summary']['parameters']:,}",
+            group.name, group.lr, f"{group.runs[0]['summary']['parameters']:,}",
             _cell([1 - found["in_distribution/error"] for found in results]), _cell([1 - x for x in longer]),
             *(_cell(values) for values in group.ways.values()), _PAPER.get(group.name, ""),
         ])  # fmt: skip
@@ -117,15 +118,18 @@ def page(groups: Sequence[_Group], title: str, text: str) -> list[str]:
         "What parts of the mixers restore, patched at all tokens; means over the seeds:",
         "",
         *_table(
-            ["mixer", *groups[0].parts],
-            [[group.name, *(f"{_mean(x):.2f}" if x else "" for x in group.parts.values())] for group in groups],
+            ["mixer", "lr", *groups[0].parts],
+            [
+                [group.name, group.lr, *(_number(_mean(x)) if x else "" for x in group.parts.values())]
+                for group in groups
+            ],
         ),
     ]  # fmt: skip
 
 
 def figures(groups: Sequence[_Group]) -> list[HeatMap]:
     """Ways of the association, and what carries it, by mixer."""
-    names = [group.name for group in groups]
+    names = [f"{group.name} {group.lr}" for group in groups]
     return [
         HeatMap(
             title,
@@ -142,12 +146,18 @@ def figures(groups: Sequence[_Group]) -> list[HeatMap]:
 
 
 def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values) if values else math.nan
+    """Of the seeds that have a value: where a model never finds the answer, corruption loses nothing."""
+    known = [x for x in values if not math.isnan(x)]
+    return sum(known) / len(known) if known else math.nan
+
+
+def _number(value: float) -> str:
+    return "-" if math.isnan(value) else f"{value:.2f}"
 
 
 def _cell(values: Sequence[float]) -> str:
     """Mean and each seed's value."""
-    return f"**{_mean(values):.2f}** ({', '.join(f'{x:.2f}' for x in values)})" if values else ""
+    return f"**{_number(_mean(values))}** ({', '.join(map(_number, values))})" if values else ""
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

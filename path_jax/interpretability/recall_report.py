@@ -194,5 +194,6 @@ def _curves(analysed) -> list[report.Curve]:
 def _write_csv(path: Path, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerows([header, *rows])
+    writer.writerow(header)
+    writer.writerows([f"{x:.6g}" if isinstance(x, float) else x for x in row] for row in rows)
     report.write_file(path, buffer.getvalue().encode())
