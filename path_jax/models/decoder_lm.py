@@ -157,6 +157,10 @@ class DecoderLM(nn.Module):
             return jnp.matmul(hidden, kernel, preferred_element_type=jnp.float32)
         return self.lm_head(hidden)
 
+    def lens(self, residual: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
+        """Float32 logits of a residual stream as if no layer followed: `unembed(final_norm(x))`."""
+        return self.unembed(self.final_norm(residual))
+
 
 class Unembed(nn.Module):
     """Projection to float32 logits."""
