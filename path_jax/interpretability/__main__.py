@@ -37,8 +37,8 @@ from path_jax.run import train_and_report
 from path_jax.sweep import Run, resolve
 from path_jax.training.objectives import language_modelling
 
-# Mixers that --preset=small trains, each with the arguments of configs/recall.py that it needs minutes for.
-_SMALL = ("attention", "path", "mamba")
+# Mixers that --preset=small trains, with learning rates at which they recall after some minutes.
+_SMALL = {"attention": "1e-3", "path": "3e-3", "mamba": "3e-3"}
 
 
 def _analyse(run: Path, num_examples: int) -> Analysed:
@@ -93,7 +93,7 @@ def _runs(args) -> dict[str, Path]:
     if args.config:
         wanted = {"run": args.config}
     else:
-        wanted = {mixer: f"configs/recall.py:task=ar,size=small,mixer={mixer}" for mixer in _SMALL}
+        wanted = {mixer: f"configs/recall.py:task=ar,size=small,mixer={mixer},lr={lr}" for mixer, lr in _SMALL.items()}
     runs = {label: args.output / label for label in wanted}
     for label, config in wanted.items():
         print(f"training {label}", file=sys.stderr, flush=True)
