@@ -7,12 +7,12 @@ Takes the directory of a sweep over the task ar or atr, with the analysis of its
 Markdown file and, beside it, heat maps (PNG) and all numbers of the analysis (CSV).
 """
 
-import argparse
 import csv
 import datetime
 import math
 import platform
 import shutil
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -20,8 +20,8 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from benchmarks.task_results import group_runs, load_run, setting
-from path_jax.report import HeatMap, write_image
+from benchmarks.task_results import group_runs, load_run, parse_arguments, setting
+from path_jax.report import HeatMap, markdown_table, write_image
 
 # What Arora et al. (arXiv 2505.15105) report of accuracy for associative recall with 8192 keys and values, and of the
 # mechanism: best over widths and learning rates.
@@ -113,11 +113,11 @@ def page(groups: Sequence[_Group], title: str, text: str) -> list[str]:
         "back. Induction: at the value. Direct, layer 1: at the key. Direct, layer 0: at the query, where the first "
         "layer has found the answer already. Means, and each seed.",
         "",
-        *_table(["mixer", "lr", "parameters", "accuracy", "twice the pairs", *_WAYS, "paper"], rows),
+        *markdown_table(["mixer", "lr", "parameters", "accuracy", "twice the pairs", *_WAYS, "paper"], rows),
         "",
         "What parts of the mixers restore, patched at all tokens; means over the seeds:",
         "",
-        *_table(
+        *markdown_table(
             ["mixer", "lr", *groups[0].parts],
             [
                 [group.name, group.lr, *(_number(_mean(x)) if x else "" for x in group.parts.values())]
@@ -160,22 +160,14 @@ def _cell(values: Sequence[float]) -> str:
     return f"**{_number(_mean(values))}** ({', '.join(map(_number, values))})" if values else ""
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    return ["| " + " | ".join(line) + " |" for line in [header, ["---"] * len(header), *rows]]
-
-
 def main(argv=None) -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("sweep", type=Path, help="directory of the sweep")
-    parser.add_argument("--title", required=True, help="heading of the page")
-    parser.add_argument("--text", default="", help="what the reader should know, below the heading")
-    parser.add_argument("--output", type=Path, required=True, help="Markdown file")
-    args = parser.parse_args(argv)
+    args = parse_arguments(argv, __doc__)
     try:
         groups = read_groups(args.sweep)
     except FileNotFoundError as error:
-        parser.exit(1, f"{error}\n")
+        print(error, file=sys.stderr)
+        sys.exit(1)
     image = args.output.with_suffix(".png")
     write_image(image, figures(groups))
     lines, names = page(groups, args.title, args.text), []

@@ -11,11 +11,13 @@ import datetime
 import json
 import platform
 import shutil
+import sys
 from pathlib import Path
 
 import jax
 
 from path_jax.evaluation.task_accuracy import wilson_interval
+from path_jax.report import markdown_table
 
 # Errors in percent; Yang et al., "PaTH Attention" (arXiv 2505.16381), table 1.
 _PAPER = {
@@ -116,22 +118,27 @@ def page(sweep: Path, title: str, text: str) -> list[str]:
             *(_cell(group, variant) for variant in variants),
             *([" / ".join(known.get(variant, "-") for variant in variants)] if paper else []),
         ])  # fmt: skip
-    lines += ["| " + " | ".join(line) + " |" for line in [header, ["---"] * len(header), *rows]]
-    return lines
+    return [*lines, *markdown_table(header, rows)]
 
 
-def main(argv=None) -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse_arguments(argv, description: str) -> argparse.Namespace:
+    """Arguments of a page: the sweep, its title, text and output."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sweep", type=Path, help="directory of the sweep")
     parser.add_argument("--title", required=True, help="heading of the page")
     parser.add_argument("--text", default="", help="what the reader should know, below the heading")
     parser.add_argument("--output", type=Path, required=True, help="Markdown file")
-    args = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv=None) -> None:
+    """Command line."""
+    args = parse_arguments(argv, __doc__)
     try:
         lines = page(args.sweep, args.title, args.text)
     except FileNotFoundError as error:
-        parser.exit(1, f"{error}\n")
+        print(error, file=sys.stderr)
+        sys.exit(1)
     image, table = (args.output.with_suffix(suffix) for suffix in (".png", ".csv"))
     shutil.copyfile(args.sweep / "report.png", image)
     shutil.copyfile(args.sweep / "results.csv", table)

@@ -94,8 +94,12 @@ def task_config(
     task: str, options: dict, *, vocab_size: int, length: int, size: tuple[int, int, int], mixer: str,
     lr: float, seed: int, num_steps: int, batch_size: int, num_scored: int,
 ) -> ml_collections.ConfigDict:  # fmt: skip
-    """A run on a synthetic task; size = (layers, embed_dim, heads). Ends with the evaluator "task" alone."""
-    choose("mixer", mixer, dict.fromkeys(TASK_MIXERS))
+    """A run on a synthetic task, with the evaluator "task" alone; size = (layers, embed_dim, heads).
+
+    mixer: one of TASK_MIXERS, or several joined by +.
+    """
+    for name in mixer.split("+"):
+        choose("mixer", name, dict.fromkeys(TASK_MIXERS))
     num_layers, embed_dim, num_heads = size
     config = ml_collections.ConfigDict()
     config.model = ml_collections.ConfigDict(

@@ -63,9 +63,8 @@ _PUBLISHED = {
 def _architecture(mixer: str, length: int, conv_size: str) -> dict:
     """Settings of the model; learned positions and long filters reach twice the length, for longer documents."""
     if mixer not in _PUBLISHED:
-        choices = dict.fromkeys((*common.TASK_MIXERS, *_PUBLISHED))
-        for name in mixer.split("+"):
-            common.choose("mixer", name, choices)
+        if "+" not in mixer:
+            common.choose("mixer", mixer, dict.fromkeys((*common.TASK_MIXERS, *_PUBLISHED)))
         settings, options = {}, {}
     else:
         settings, options = _PUBLISHED[mixer]
@@ -88,18 +87,18 @@ def get_config(arg: str | None = None):
     if task == "mqrar":
         length, keys, key_tokens, num_values, size, num_steps, batch_size, num_scored = settings
         options = dict(num_keys=keys, num_key_tokens=key_tokens, num_values=num_values, back=int(values["back"]))
-        vocab_size = key_tokens + num_values
+        vocab_size, model = key_tokens + num_values, dict(mixer=values["mixer"])
     else:
         options, vocab_size, length, (width, num_steps, batch_size, num_scored) = settings
         size = (int(values["layers"]), int(values["width"] or width), 1)
+        model = _architecture(values["mixer"], length, values["conv_size"])
     config = common.task_config(
-        task, options, vocab_size=vocab_size, length=length, size=size,
-        mixer=values["mixer"] if task == "mqrar" else "nope",
+        task, options, vocab_size=vocab_size, length=length, size=size, mixer=model["mixer"],
         lr=float(values["lr"]), seed=int(values["seed"]), num_steps=int(values["steps"] or num_steps),
         batch_size=batch_size, num_scored=num_scored,
     )  # fmt: skip
+    config.model.update(model)
     if task != "mqrar":
-        config.model.update(_architecture(values["mixer"], length, values["conv_size"]))
         steps = config.train.num_steps
         share = 2 if values["size"] == "small" else 10
         config.optim.update(end_lr=0.0, warmup_steps=max(1, steps // share), b2=0.999, weight_decay=0.0)

@@ -141,6 +141,11 @@ def format_value(value: Any) -> str:
     return f"{value:.4g}"
 
 
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a Markdown table."""
+    return ["| " + " | ".join(line) + " |" for line in [header, ["---"] * len(header), *rows]]
+
+
 def _png(figures: Sequence[Figure]) -> bytes:
     """Draws figures side by side, two in a row."""
     try:

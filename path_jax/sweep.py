@@ -35,7 +35,7 @@ from rich.console import Console
 from rich.table import Table
 
 from path_jax.metrics import read_metrics
-from path_jax.report import Curve, format_value, write_file, write_report
+from path_jax.report import Curve, format_value, markdown_table, write_file, write_report
 
 # Two-sided 95 % points of Student's t with 1, 2, ... degrees of freedom.
 _T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
@@ -203,7 +203,7 @@ class Sweep:
             writer.writerows([*row, metric, value] for metric, value in (self.results(run) or {}).items())
         write_file(self._output / "results.csv", buffer.getvalue().encode())
         header, rows = self._summary(runs, metrics)
-        lines = ["| " + " | ".join(line) + " |" for line in [header, ["---"] * len(header), *rows]]
+        lines = markdown_table(header, rows)
         write_file(self._output / "table.md", ("\n".join(lines) + "\n").encode())
         table = Table(*header)
         for row in rows:

@@ -53,7 +53,7 @@ def _analyse(run: Path, num_examples: int) -> Analysed:
     steps = sorted(int(path.name) for path in (run / "checkpoints").glob("*") if path.name.isdigit())
     history = {}
     if len(steps) > 1 and model.config.num_layers > 1:
-        for step in steps:
+        for step in steps[:-1]:
             params = restore_params(run, abstract, step)
             history[step] = analyse_recall(
                 model, params, task,
@@ -63,6 +63,7 @@ def _analyse(run: Path, num_examples: int) -> Analysed:
     analysis = analyse_recall(
         model, params, task, seed=seed, num_examples=num_examples, parts=mixer_parts(model.config)
     )
+    history |= {steps[-1]: analysis} if history else {}
     costs = {"parameters": sum(x.size for x in jax.tree.leaves(params))}
     if (run / "summary.json").exists():
         costs["tokens_per_second"] = json.loads((run / "summary.json").read_text())["tokens_per_second"]

@@ -56,10 +56,14 @@ def write_recall_report(directory: str | os.PathLike[str], analysed: Mapping[str
         for label, item in analysed.items()
         for name, values in _quantities(item.analysis).items()
     ]
-    attribution = [
-        (label, corrupted, str(site), role, *mean_and_interval(values[i, j]))
+    intervals = {
+        label: {corrupted: mean_and_interval(values) for corrupted, values in item.analysis.attribution.items()}
         for label, item in analysed.items()
-        for corrupted, values in item.analysis.attribution.items()
+    }
+    attribution = [
+        (label, corrupted, str(site), role, *intervals[label][corrupted][:, i, j])
+        for label, item in analysed.items()
+        for corrupted in item.analysis.attribution
         for i, site in enumerate(item.analysis.sites)
         for j, role in enumerate(item.analysis.roles)
     ] + [
@@ -78,7 +82,10 @@ def write_recall_report(directory: str | os.PathLike[str], analysed: Mapping[str
         directory,
         title="Recall: which tokens carry the association",
         summary={},
-        figures=[*_curves(analysed), *(_heat_map(label, item.analysis) for label, item in analysed.items())],
+        figures=[
+            *_curves(analysed),
+            *(_heat_map(label, item.analysis, intervals[label]) for label, item in analysed.items()),
+        ],
         texts={
             "Results": "\n".join(lines),
             "Parts of mixers, key corrupted": "\n".join(_part_lines(analysed)),
@@ -153,14 +160,14 @@ def _table(analysed, is_short: bool = False) -> tuple[list[str], list[list[str]]
     return ["model", *(labels.get(name, name).replace("_", " ") for name in (*names, *costs))], rows
 
 
-def _heat_map(label: str, analysis: RecallAnalysis) -> report.HeatMap:
+def _heat_map(label: str, analysis: RecallAnalysis, intervals: Mapping[str, np.ndarray]) -> report.HeatMap:
     """With the key corrupted, or the value if only that was."""
-    corrupted, values = next(iter(analysis.attribution.items()))
+    corrupted, (means, *_) = next(iter(intervals.items()))
     return report.HeatMap(
         f"{label}: {corrupted} corrupted",
         "restored at",
         "site",
-        mean_and_interval(values)[0],
+        means,
         "attribution",
         x_names=analysis.roles,
         y_names=[str(site) for site in analysis.sites],

@@ -101,9 +101,12 @@ class ModelConfig:
         """Names that the layers take in turn."""
         return tuple(self.mixer.split("+"))
 
+    def _mixer_of(self, layer: int) -> str:
+        return self.mixers[layer % len(self.mixers)]
+
     def make_mixer(self, layer: int = 0, name: str | None = None) -> nn.Module:
         """The mixer of a layer; its fields are the options with their defaults filled in."""
-        mixer = self.mixers[layer % len(self.mixers)]
+        mixer = self._mixer_of(layer)
         given = dict(
             num_heads=self.num_heads,
             num_kv_heads=self.num_kv_heads,
@@ -123,7 +126,7 @@ class ModelConfig:
         """
         looked_up = (0 if self.tie_embeddings else self.vocab_size) + (self.num_positions or 0)
         multiplying = num_parameters - looked_up * self.embed_dim
-        num_comparing = sum(self.mixers[i % len(self.mixers)] in _COMPARING for i in range(self.num_layers))
+        num_comparing = sum(self._mixer_of(layer) in _COMPARING for layer in range(self.num_layers))
         return 6 * multiplying + 12 * num_comparing * self.num_heads * self.head_dim * (length + 1) / 2
 
 
