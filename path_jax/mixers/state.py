@@ -94,6 +94,34 @@ def lengths_of(
     return jnp.full(x.shape[0], x.shape[1], jnp.int32) if lengths is None else lengths
 
 
+def take_rows(state: State | RecurrentState, rows: Int[Array, "R"]) -> State | RecurrentState:
+    """The state of some rows, each at most once; a row B, past the last one, is an empty one that keeps nothing.
+
+    Pages stay where they are, so that this copies what rows have besides: open superchunks, histories, memories.
+    """
+    take = lambda x, fill=0: jnp.take(x, rows, axis=0, mode="fill", fill_value=fill)
+    if isinstance(state, RecurrentState):
+        return jax.tree.map(take, state)
+    cache = state.attention
+    table = take(cache.table, len(cache.k))  # a page past the pool: writes are dropped
+    cache = cache._replace(length=take(cache.length), table=table, open=jax.tree.map(take, cache.open))
+    return State(cache, jax.tree.map(take, state.history))
+
+
+def put_rows(
+    state: State | RecurrentState, part: State | RecurrentState, rows: Int[Array, "R"]
+) -> State | RecurrentState:
+    """The state after `part`, made by `take_rows` with these rows, has gone on."""
+    put = lambda x, new: x.at[rows].set(new, mode="drop")
+    if isinstance(state, RecurrentState):
+        return jax.tree.map(put, state, part)
+    cache, new = state.attention, part.attention
+    cache = new._replace(
+        length=put(cache.length, new.length), table=cache.table, open=jax.tree.map(put, cache.open, new.open)
+    )
+    return State(cache, jax.tree.map(put, state.history, part.history))
+
+
 class StatePages:
     """`pallas_kernels.PagePool` for a whole state: histories follow their rows. Errors are those of the pool."""
 

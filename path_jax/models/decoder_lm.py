@@ -54,6 +54,7 @@ class Block(nn.Module):
         segment_ids: Int[Array, "B T"] | None,
         cache: State | RecurrentState | None = None,
         lengths: Int[Array, "B"] | None = None,
+        only_cache: bool = False,  # leave x as it is, and the rest to the compiler to drop
     ):
         config = self.config
         dtype = jnp.dtype(config.dtype)
@@ -61,6 +62,8 @@ class Block(nn.Module):
         y = Tap(name="mixer_in")(make_norm(config, "mixer_norm")(x))
         mixer = config.make_mixer(self.layer, "mixer")
         y, cache = mixer(y, positions=positions, segment_ids=segment_ids, cache=cache, lengths=lengths)
+        if only_cache:
+            return x, cache
         x = x + Tap(name="mixer_out")(y)
         if config.mlp != "none":
             y = Tap(name="mlp_in")(make_norm(config, "mlp_norm")(x))
@@ -130,13 +133,7 @@ class DecoderLM(nn.Module):
     ) -> LMOutput:
         if positions is None:
             positions = default_positions(tokens, segment_ids) + (0 if cache is None else cache[0].length[:, None])
-        x = self.embed(tokens)
-        if num_positions := self.config.num_positions:
-            if tokens.shape[1] > num_positions:
-                raise ValueError(
-                    f"{tokens.shape[1]} tokens are more than the model's {num_positions} learned positions"
-                )
-            x += self.position_embed(positions)
+        x = self.embed_tokens(tokens, positions)
         if not self.config.scan_layers:
             states = []
             for i, layer in enumerate(self.layers):
@@ -149,6 +146,17 @@ class DecoderLM(nn.Module):
             raise ValueError("a scan over layers would copy the cache in every step: decode with models.cache.unrolled")
         hidden = self.final_norm(x)
         return LMOutput(self.unembed(hidden), hidden, cache)
+
+    def embed_tokens(self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        """What the first layer reads."""
+        x = self.embed(tokens)
+        if num_positions := self.config.num_positions:
+            if tokens.shape[1] > num_positions:
+                raise ValueError(
+                    f"{tokens.shape[1]} tokens are more than the model's {num_positions} learned positions"
+                )
+            x += self.position_embed(positions)
+        return x
 
     def unembed(self, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
         """Float32 logits of (normed) hidden states; a loss applies it chunk by chunk."""

@@ -53,25 +53,11 @@ def generate(
     Raises:
       ValueError: for an argument out of range.
     """
-    tokens, lengths = _checked_prompt(prompt, model.config.vocab_size)
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
-    if not temperature >= 0:
-        raise ValueError(f"temperature={temperature} must be >= 0; 0 is greedy")
-    if temperature > 0 and rng is None:
-        raise ValueError(f"temperature={temperature} samples, which needs rng; pass rng=jax.random.key(0)")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k={top_k} must be at least 1")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"top_p={top_p} must be in (0, 1]")
-    stop_tokens = () if stop_token is None else tuple(int(token) for token in np.atleast_1d(stop_token))
-    for token in stop_tokens:
-        if not 0 <= token < model.config.vocab_size:
-            raise ValueError(f"stop_token={token} must be in [0, vocab_size={model.config.vocab_size})")
+    tokens, lengths = check_prompt(prompt, model.config.vocab_size, max_new_tokens)
+    sampling = check_sampling(model.config.vocab_size, temperature, top_k, top_p, rng, stop_token)
     rng = jax.random.key(0) if rng is None else rng
 
     config, params = unrolled(model.config, params)
-    sampling = _Sampling(float(temperature), top_k, top_p, stop_tokens)
     cache = init_cache(config, len(tokens), tokens.shape[1] + max_new_tokens, dtype=cache_dtype or config.dtype)
     model = DecoderLM(config)
     state = _prefill(model, sampling, max_new_tokens, params, tokens, lengths, cache, rng)
@@ -83,19 +69,63 @@ def generate(
             is_running = ~np.asarray(state.is_stopped)
             if on_token(np.asarray(state.new[:, step]), is_running) or not is_running.any():
                 break
-    fill = stop_tokens[0] if stop_tokens else 0
-    out = np.full((len(tokens), tokens.shape[1] + max_new_tokens), fill, np.int32)
-    for row, (length, new) in enumerate(zip(lengths, np.asarray(state.new[:, : int(state.step)]))):
-        out[row, :length] = tokens[row, :length]
-        out[row, length : length + len(new)] = new
-    return jnp.asarray(out)
+    new = np.asarray(state.new[:, : int(state.step)])
+    return jnp.asarray(append_rows(tokens, lengths, new, max_new_tokens, sampling.fill))
 
 
-class _Sampling(NamedTuple):
+class Sampling(NamedTuple):
+    """How a token is taken from logits, and which tokens end a row."""
+
     temperature: float
     top_k: int | None
     top_p: float | None
     stop_tokens: tuple[int, ...]
+
+    @property
+    def fill(self) -> int:
+        """What follows the end of a row."""
+        return self.stop_tokens[0] if self.stop_tokens else 0
+
+    def take(self, logits: Float[Array, "B V"], rng) -> Int[Array, "B"]:
+        """A token for each row."""
+        if self.temperature > 0:
+            logits = restrict(logits / self.temperature, self.top_k, self.top_p)
+            return jax.random.categorical(rng, logits).astype(jnp.int32)
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+    def is_stop(self, token: Int[Array, "B"]) -> Bool[Array, "B"]:
+        """Whether a token ends its row."""
+        return jnp.isin(token, jnp.array(self.stop_tokens, jnp.int32))
+
+
+def check_sampling(vocab_size: int, temperature, top_k, top_p, rng, stop_token) -> Sampling:
+    """The arguments of `generate` of these names.
+
+    Raises:
+      ValueError: for one out of range.
+    """
+    if not temperature >= 0:
+        raise ValueError(f"temperature={temperature} must be >= 0; 0 is greedy")
+    if temperature > 0 and rng is None:
+        raise ValueError(f"temperature={temperature} samples, which needs rng; pass rng=jax.random.key(0)")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k={top_k} must be at least 1")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p={top_p} must be in (0, 1]")
+    stop_tokens = () if stop_token is None else tuple(int(token) for token in np.atleast_1d(stop_token))
+    for token in stop_tokens:
+        if not 0 <= token < vocab_size:
+            raise ValueError(f"stop_token={token} must be in [0, {vocab_size=})")
+    return Sampling(float(temperature), top_k, top_p, stop_tokens)
+
+
+def append_rows(tokens, lengths, new: Int[np.ndarray, "B t"], max_new_tokens: int, fill: int) -> Int[np.ndarray, "B S"]:
+    """Each row its prompt, what follows it, and filling."""
+    out = np.full((len(tokens), tokens.shape[1] + max_new_tokens), fill, np.int32)
+    for row, (length, new_tokens) in enumerate(zip(lengths, new)):
+        out[row, :length] = tokens[row, :length]
+        out[row, length : length + len(new_tokens)] = new_tokens
+    return out
 
 
 class _State(NamedTuple):
@@ -148,22 +178,23 @@ def _decode(model, sampling, num_steps, params, state, rng):
     return jax.lax.while_loop(lambda state: (state.step < end) & ~state.is_stopped.all(), take_step, state)
 
 
-def _take_token(sampling: _Sampling, logits: Float[Array, "B V"], state: _State, rng) -> _State:
+def _take_token(sampling: Sampling, logits: Float[Array, "B V"], state: _State, rng) -> _State:
     """One more token per row, of these logits."""
-    temperature, top_k, top_p, stop_tokens = sampling
-    if temperature > 0:
-        logits = restrict(logits / temperature, top_k, top_p)
-        token = jax.random.categorical(jax.random.fold_in(rng, state.step), logits)
-    else:
-        token = jnp.argmax(logits, axis=-1)
-    token = jnp.where(state.is_stopped, stop_tokens[0] if stop_tokens else 0, token).astype(jnp.int32)
+    token = sampling.take(logits, jax.random.fold_in(rng, state.step))
+    token = jnp.where(state.is_stopped, sampling.fill, token)
     new = jax.lax.dynamic_update_slice_in_dim(state.new, token[:, None], state.step, axis=1)
-    is_stopped = state.is_stopped | jnp.isin(token, jnp.array(stop_tokens, jnp.int32))
+    is_stopped = state.is_stopped | sampling.is_stop(token)
     return _State(state.cache, new, is_stopped, state.step + 1)
 
 
-def _checked_prompt(prompt, vocab_size: int) -> tuple[Int[np.ndarray, "B T"], Int[np.ndarray, "B"]]:
-    """Tokens, padded behind, and how many there are."""
+def check_prompt(prompt, vocab_size: int, max_new_tokens: int) -> tuple[Int[np.ndarray, "B T"], Int[np.ndarray, "B"]]:
+    """Tokens, padded behind, and how many there are.
+
+    Raises:
+      ValueError: for anything but rows of ids, or no new tokens.
+    """
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
     is_ragged = isinstance(prompt, Sequence) and any(np.ndim(row) == 1 for row in prompt)
     rows = [np.asarray(row) for row in prompt] if is_ragged else list(np.atleast_2d(np.asarray(prompt)))
     for array in rows:
