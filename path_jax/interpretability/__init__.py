@@ -5,7 +5,19 @@ restored = interchange_grid(model, params, corrupted, clean, sites, positions, a
 """
 
 from path_jax.interpretability.attribution import attribution_patching, exact_patching, path_patch
+from path_jax.interpretability.exit_calibration import (
+    ExitSummary,
+    ExitTrace,
+    calibrate,
+    first_exits,
+    oracle_exits,
+    summarise_exits,
+    trace_exits,
+)
+from path_jax.interpretability.exit_monitor import ExitMonitor
+from path_jax.interpretability.exit_rules import GapRule, LinearRule, SimilarityRule, load_rule, save_rule, settled_rule
 from path_jax.interpretability.hooks import Site, run, selection, site_shapes, sites, with_weights
+from path_jax.interpretability.implants import ImplantReport, Pairs, find_pairs, implant
 from path_jax.interpretability.interventions import ablate, interchange, interchange_grid, patch, replacements, steer
 from path_jax.interpretability.logit_lens import TopTokens, stream_top_tokens, top_tokens
 from path_jax.interpretability.outcomes import accuracy, answer_probability, attribution_score, logit_difference
@@ -18,11 +30,47 @@ from path_jax.interpretability.saturation import (
     permutation_test,
     rank_order,
     saturation_layers,
+    saturation_summary,
     strict_kendall_tau,
 )
 from path_jax.interpretability.states import state_patch
+from path_jax.interpretability.stream_sample import StreamSample, collect_streams
+from path_jax.interpretability.transitions import (
+    ProbeReport,
+    TransitionProbe,
+    Transitions,
+    balance,
+    fit_transition_probe,
+    rank_in_progress,
+)
 
 __all__ = [
+    "ExitSummary",
+    "ExitTrace",
+    "calibrate",
+    "first_exits",
+    "oracle_exits",
+    "summarise_exits",
+    "trace_exits",
+    "ExitMonitor",
+    "GapRule",
+    "LinearRule",
+    "SimilarityRule",
+    "load_rule",
+    "save_rule",
+    "settled_rule",
+    "ImplantReport",
+    "Pairs",
+    "find_pairs",
+    "implant",
+    "StreamSample",
+    "collect_streams",
+    "ProbeReport",
+    "TransitionProbe",
+    "Transitions",
+    "balance",
+    "fit_transition_probe",
+    "rank_in_progress",
     "CorpusSaturation",
     "Probe",
     "RankOrder",
@@ -48,6 +96,7 @@ __all__ = [
     "replacements",
     "run",
     "saturation_layers",
+    "saturation_summary",
     "selection",
     "site_shapes",
     "sites",

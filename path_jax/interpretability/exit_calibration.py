@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 from path_jax.data import Batch
 from path_jax.interpretability.exit_rules import Rule
 from path_jax.interpretability.hooks import Site, run
+from path_jax.interpretability.logit_lens import unpacked
 from path_jax.models import DecoderLM
 
 _MAX_LIMITS = 1000  # that are tried
@@ -79,13 +80,11 @@ def trace_exits(
         raise ValueError(f"exit_layers={list(exits)} must be layers of 0 ... {last - 1}, ascending")
     parts, num_kept = [], 0
     for batch in batches:
+        tokens, is_token, inputs = unpacked(batch)
         if isinstance(batch, Batch):
-            inputs = {"segment_ids": batch.segment_ids, "positions": batch.positions}
-            tokens, is_token = batch.tokens, np.asarray(batch.segment_ids) != 0
             targets = np.where(np.asarray(batch.weights) > 0, batch.targets, -1)
         else:
-            inputs, tokens, is_token = {}, np.asarray(batch), np.ones(np.shape(batch), bool)
-            targets = np.pad(tokens[:, 1:], ((0, 0), (0, 1)), constant_values=-1)
+            targets = np.pad(np.asarray(tokens)[:, 1:], ((0, 0), (0, 1)), constant_values=-1)
         best, scores, streams = jax.device_get(_trace(model, params, jnp.asarray(tokens), inputs, dict(rules), exits))
         num_new = max(0, min(num_streams - num_kept, int(is_token.sum())))
         num_kept += num_new

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from path_jax.data import Batch
 from path_jax.interpretability.hooks import Site, run
@@ -79,13 +79,17 @@ def stream_top_tokens(
       ValueError: as `top_tokens`.
     """
     for batch in batches:
-        if isinstance(batch, Batch):
-            inputs = {"segment_ids": batch.segment_ids, "positions": batch.positions}
-            tokens, is_token = batch.tokens, np.asarray(batch.segment_ids) != 0
-        else:
-            inputs, tokens, is_token = {}, batch, np.ones(np.shape(batch), bool)
+        tokens, is_token, inputs = unpacked(batch)
         top = top_tokens(model, params, tokens, k, chunk_size=chunk_size, **inputs)
         yield TopTokens(*(x[:, is_token] for x in jax.device_get(top)))
+
+
+def unpacked(batch: Int[Array, "B T"] | Batch) -> tuple[Int[Array, "B T"], Bool[np.ndarray, "B T"], dict[str, Array]]:
+    """Tokens, which of them are no padding, and further arguments of a model."""
+    if isinstance(batch, Batch):
+        inputs = {"segment_ids": batch.segment_ids, "positions": batch.positions}
+        return batch.tokens, np.asarray(batch.segment_ids) != 0, inputs
+    return batch, np.ones(np.shape(batch), bool), {}
 
 
 @functools.partial(jax.jit, static_argnames=("model", "k", "chunk_size"))

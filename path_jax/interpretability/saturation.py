@@ -160,6 +160,47 @@ def permutation_test(
     return float(actual), float((num_reached + (not as_published)) / (num_permutations + (not as_published)))
 
 
+def saturation_summary(
+    layers: Int[np.ndarray, "k n"],
+    num_layers: int,
+    *,
+    max_share: float = MAX_SHARE,
+    num_permutations: int = 1000,
+    seed: int = 0,
+    as_published: bool = False,
+) -> SaturationSummary:
+    """Statistics of the tokens that the filter keeps.
+
+    Args:
+      layers: of `saturation_layers`, with the same `as_published`.
+      max_share: see `is_early`; 1 keeps all tokens.
+      num_permutations, seed: see `permutation_test`.
+
+    Raises:
+      ValueError: if the layers do not fit.
+      IndexError: see `strict_kendall_tau`.
+    """
+    layers = _checked(layers, num_layers)
+    kept = layers[:, is_early(layers, num_layers, max_share)]
+    tau, p_value = permutation_test(
+        kept, num_layers, num_permutations=num_permutations, seed=seed, as_published=as_published
+    )
+    mean = lambda x: x.sum(axis=-1) / kept.shape[1] if kept.shape[1] else np.full(x.shape[:-1], np.nan)
+    is_before, is_behind = kept[:-1] < kept[1:], kept[:-1] > kept[1:]
+    return SaturationSummary(
+        num_tokens=layers.shape[1],
+        num_kept=kept.shape[1],
+        num_compared=int((_num_ranks(kept, num_layers, as_published) >= _LEAST_RANKS).sum()),
+        mean_layers=mean(kept),
+        order=rank_order(kept, num_layers),
+        tau=tau,
+        p_value=p_value,
+        strict_share=float(mean(is_before.all(axis=0))),
+        weak_share=float(mean(~is_behind.any(axis=0))),
+        before_shares=mean(is_before),
+    )
+
+
 class CorpusSaturation:
     """Collects the layers of a corpus part by part, 2 * k bytes a token, and sums them up.
 
@@ -207,30 +248,19 @@ class CorpusSaturation:
         """Statistics of all tokens so far.
 
         Args:
-          max_share: see `is_early`; 1 keeps all tokens.
-          num_permutations, seed: see `permutation_test`.
+          max_share, num_permutations, seed: see `saturation_summary`.
 
         Raises:
           ValueError: if no tokens were added.
           IndexError: see `strict_kendall_tau`.
         """
-        kept = self.layers[:, is_early(self.layers, self.num_layers, max_share)]
-        tau, p_value = permutation_test(
-            kept, self.num_layers, num_permutations=num_permutations, seed=seed, as_published=self.as_published
-        )
-        mean = lambda x: x.sum(axis=-1) / kept.shape[1] if kept.shape[1] else np.full(x.shape[:-1], np.nan)
-        is_before, is_behind = kept[:-1] < kept[1:], kept[:-1] > kept[1:]
-        return SaturationSummary(
-            num_tokens=self.layers.shape[1],
-            num_kept=kept.shape[1],
-            num_compared=int((_num_ranks(kept, self.num_layers, self.as_published) >= _LEAST_RANKS).sum()),
-            mean_layers=mean(kept),
-            order=rank_order(kept, self.num_layers),
-            tau=tau,
-            p_value=p_value,
-            strict_share=float(mean(is_before.all(axis=0))),
-            weak_share=float(mean(~is_behind.any(axis=0))),
-            before_shares=mean(is_before),
+        return saturation_summary(
+            self.layers,
+            self.num_layers,
+            max_share=max_share,
+            num_permutations=num_permutations,
+            seed=seed,
+            as_published=self.as_published,
         )
 
 
