@@ -1,4 +1,4 @@
-"""Analyses what models have learned: `python -m path_jax.interpretability recall --checkpoint=RUN --output=DIR`.
+"""Analyses what models have learned: `python -m path_jax.interpretability COMMAND --checkpoint=RUN --output=DIR`.
 
 recall: trains models on associative recall or takes finished ones, and finds by interventions which tokens and parts
 carry the association. DIR/report.html has tables, heat maps and curves over training; behaviour.csv and attribution.csv
@@ -10,6 +10,16 @@ the numbers.
 
 --config trains in DIR/run, or goes on there. --checkpoint takes directories of runs on the tasks ar, atr and records,
 those of a sweep for example, separated by commas, with * and ?.
+
+saturation: at which layer each of the best tokens is decided, in which order, and whether the residual stream shows
+which one is being decided. DIR/report.html, saturation.csv.
+
+    python -m path_jax.interpretability saturation --checkpoint=runs/quickstart --untrained --output=runs/saturation
+
+early-exit: fits rules by which tokens leave early, chooses thresholds for a share of tokens that may differ, tests them
+on other text and measures generation. DIR/report.html, early_exit.csv, and DIR/RULE.npz for path_jax.generate.
+
+    python -m path_jax.interpretability early-exit --checkpoint=runs/quickstart --target=0.01 --output=runs/early_exit
 """
 
 import argparse
@@ -28,6 +38,7 @@ from rich.console import Console
 from path_jax.checkpoints.native import read_config, restore_params
 from path_jax.data import DataConfig, as_batch, make_corpus
 from path_jax.data.query_document import QueryTask
+from path_jax.interpretability import exit_command, saturation_command
 from path_jax.interpretability.hooks import Site
 from path_jax.interpretability.recall import analyse_recall, decode_state_bytes, mixer_parts
 from path_jax.interpretability.recall_report import Analysed, recall_table, write_recall_report
@@ -131,6 +142,8 @@ def main(arguments=None) -> None:
     recall.add_argument("--output", type=Path, required=True, help="directory of the report, and of runs it trains")
     recall.add_argument("--num-examples", type=int, default=320, help="documents to analyse (default %(default)s)")
     recall.set_defaults(command=_recall)
+    saturation_command.add_parser(commands)
+    exit_command.add_parser(commands)
     args = parser.parse_args(arguments)
     try:
         args.command(args)
