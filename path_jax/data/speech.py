@@ -157,7 +157,7 @@ def _resampled(samples: Float[np.ndarray, "n"], rate: int) -> Float[np.ndarray, 
         from scipy.signal import resample_poly
     except ImportError as error:
         raise ImportError(
-            f"speech of {rate} Hz is brought to {SAMPLE_RATE} Hz by scipy; run: pip install path-jax[interp]"
+            f"speech of {rate} Hz is brought to {SAMPLE_RATE} Hz by scipy; run: pip install path-jax[speech]"
         ) from error
     divisor = np.gcd(rate, SAMPLE_RATE)
     return resample_poly(samples, SAMPLE_RATE // divisor, rate // divisor)
