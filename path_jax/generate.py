@@ -2,6 +2,9 @@
 
 The checkpoint is a run directory of train.py, or a published one (README, "Checkpoints of others"). Tokens appear as
 they are generated. A file of prompts, one per line, is continued as one batch and printed when it is done.
+
+With --exit-rule, a file of `python -m path_jax.interpretability early-exit`, tokens may leave the model early. A
+monitor compares a tenth of those with full depth, and ends exits once more than --exit-limit of them surely differ.
 """
 
 import argparse
@@ -17,8 +20,11 @@ from absl import logging
 from path_jax.checkpoints import load_pretrained
 from path_jax.data import ByteTokenizer
 from path_jax.evaluation.pretrained import vocabulary_of
+from path_jax.interpretability.exit_monitor import ExitMonitor
+from path_jax.interpretability.exit_rules import load_rule
 from path_jax.models import DecoderLM
 from path_jax.models.config import DTYPES
+from path_jax.models.early_exit import generate_with_exits
 from path_jax.models.generate import generate
 
 
@@ -61,6 +67,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0, help="of the sampling (default: %(default)s)")
     parser.add_argument("--dtype", choices=DTYPES, help="of parameters, computation and cache (default: float32)")
     parser.add_argument("--ignore-eos", action="store_true", help="go on after the end of the text")
+    parser.add_argument("--exit-rule", type=Path, help="rule by which tokens leave early")
+    parser.add_argument("--exit-limit", type=float, default=0.02, help="share that may differ (default: %(default)s)")
     return parser
 
 
@@ -86,11 +94,15 @@ def run(args: argparse.Namespace, write: Callable[[str], object]) -> None:
 
     if args.prompts is None:
         write(args.prompt)
-    out = generate(
-        DecoderLM(config), params, prompts, max_new_tokens=args.max_new_tokens, temperature=args.temperature,
-        top_k=args.top_k, top_p=args.top_p, rng=jax.random.key(args.seed), on_token=on_token,
+    options = dict(
+        max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p,
+        rng=jax.random.key(args.seed), on_token=on_token,
         stop_token=None if args.ignore_eos or not stop_tokens else stop_tokens,
     )  # fmt: skip
+    if args.exit_rule is None:
+        out = generate(DecoderLM(config), params, prompts, **options)
+    else:
+        out = _generate_early(config, params, prompts, args, options)
     if args.prompts is None:
         stream.close()
         write("\n")
@@ -103,6 +115,24 @@ def run(args: argparse.Namespace, write: Callable[[str], object]) -> None:
     rate = len(prompts) * (len(times) - 3) / (times[-1] - times[2]) if len(times) > 3 else None
     speed = f", {rate:.1f} tokens/s from the second on" if rate else ""
     print(f"first token after {times[1] - times[0]:.1f} s, compilation included{speed}", file=sys.stderr)
+
+
+def _generate_early(config, params, prompts, args: argparse.Namespace, options):
+    """The tokens; says on stderr how deep they were."""
+    rule, exit_layers = load_rule(args.exit_rule)
+    monitor = ExitMonitor(args.exit_limit, seed=args.seed)
+    out = generate_with_exits(
+        DecoderLM(config), params, prompts, rule=rule, exit_layers=exit_layers, monitor=monitor, **options
+    )
+    depths = out.depths[:, 1:][out.depths[:, 1:] > 0]
+    low, high = monitor.bounds
+    print(
+        f"{depths.mean() if depths.size else config.num_layers:.1f} of {config.num_layers} layers a token; "
+        f"{monitor.num_different} of {monitor.num_checked} compared differ, 95 % bounds {low:.1%} ... {high:.1%}"
+        + (": exits were ended" if monitor.is_tripped else ""),
+        file=sys.stderr,
+    )
+    return out.tokens
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -8,13 +8,14 @@ import pytest
 from path_jax.checkpoints import save_pretrained
 from path_jax.data import ByteTokenizer
 from path_jax.generate import Stream, main
+from path_jax.interpretability import LinearRule, save_rule
 from path_jax.models import DecoderLM, ModelConfig
 
 
 @pytest.fixture(scope="module")
 def run_directory(tmp_path_factory):
     """A model that always says "na": each of the two letters makes the other likely."""
-    config = ModelConfig(257, num_layers=1, embed_dim=8, num_heads=1, mlp_dim=8, mixer="nope", scan_layers=False)
+    config = ModelConfig(257, num_layers=2, embed_dim=8, num_heads=1, mlp_dim=8, mixer="nope", scan_layers=False)
     params = DecoderLM(config).init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
     params = jax.tree.map(jnp.zeros_like, params)
     params["final_norm"]["scale"] = jnp.ones(8)
@@ -32,6 +33,18 @@ def test_continues_a_prompt(run_directory, capsys):
     main(["--checkpoint", run_directory, "--prompt", "ban", "--max-new-tokens", "5"])
     out, err = capsys.readouterr()
     assert out == "bananana\n" and "tokens/s" in err
+
+
+def test_tokens_leave_early(run_directory, capsys, tmp_path):
+    rule = LinearRule(jnp.zeros(1), jnp.zeros((1, 8)), jnp.ones(1))
+    save_rule(tmp_path / "rule.npz", rule, [0])
+    always = ["--checkpoint", run_directory, "--exit-rule", str(tmp_path / "rule.npz"), "--max-new-tokens", "9"]
+    main([*always, "--prompt", "ban"])
+    out, err = capsys.readouterr()
+    assert out == "banananananan"[: 3 + 9] + "\n"
+    assert "of 2 layers a token" in err and float(err.split()[0]) < 2
+    main([*always, "--prompt", "end."])
+    assert capsys.readouterr().out == "end.\n"
 
 
 def test_ends_with_the_text(run_directory, capsys):

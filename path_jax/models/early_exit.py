@@ -76,6 +76,7 @@ def generate_with_exits(
     top_p: float | None = None,
     rng: jax.Array | None = None,
     stop_token: int | Sequence[int] | None = None,
+    on_token: Callable[[Int[np.ndarray, "B"], Bool[np.ndarray, "B"]], Any] | None = None,
     cache_dtype=None,
 ) -> EarlyExitOutput:
     """Continues every row of `prompt` by `max_new_tokens` tokens, most of them from fewer than all layers.
@@ -83,7 +84,8 @@ def generate_with_exits(
     The prompt and the first new token take all layers. A rule that never fires gives the tokens of `generate`.
 
     Args:
-      model, params, prompt, max_new_tokens, temperature, top_k, top_p, rng, stop_token, cache_dtype: see `generate`.
+      model, params, prompt, max_new_tokens, temperature, top_k, top_p, rng, stop_token, on_token, cache_dtype: see
+        `generate`.
       rule: see `ExitRule`; those of `path_jax.interpretability.exit_rules` for example.
       exit_layers: layers after which a token may leave, ascending, of 0 ... L - 2. Segments of equal length share
         their compiled programs.
@@ -146,7 +148,7 @@ def generate_with_exits(
         new[is_running, step] = token[is_running]
         depths[is_running, step] = depth[is_running]
         is_running = is_running & ~is_stop
-        if not is_running.any():
+        if on_token is not None and on_token(new[:, step].copy(), is_running) or not is_running.any():
             break
     tokens = append_rows(tokens, lengths, new, max_new_tokens, sampling.fill)
     return EarlyExitOutput(tokens, depths, num_steps, stack.num_layer_runs)
