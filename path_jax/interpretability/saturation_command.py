@@ -1,8 +1,11 @@
-"""`python -m path_jax.interpretability saturation`: in which order a model decides on its best tokens."""
+"""`python -m path_jax.interpretability saturation`: in which order a model decides on its best tokens or classes.
+
+A checkpoint of a ViT or of Whisper is read by modality_command.py, any other by what reads texts.
+"""
 
 import argparse
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -13,6 +16,16 @@ from path_jax.data import Batch
 from path_jax.evaluation.text_model import TextModel
 from path_jax.interpretability.implants import CONTROLS, ImplantReport, find_pairs, implant
 from path_jax.interpretability.logit_lens import top_tokens
+from path_jax.interpretability.modality_command import (
+    PRESETS,
+    Examined,
+    add_modality_arguments,
+    check_sources,
+    examine,
+    examine_digits,
+    implants_of,
+    model_kind,
+)
 from path_jax.interpretability.saturation import is_early, saturation_layers, saturation_summary
 from path_jax.interpretability.saturation_report import Saturated, saturation_table, write_saturation_report
 from path_jax.interpretability.second_rank import second_rank
@@ -28,9 +41,10 @@ _IMPLANT_LENGTH, _IMPLANT_ROWS = 64, 16  # windows in which tokens for implants 
 def add_parser(commands) -> None:
     """Adds the command to those of the package."""
     parser = commands.add_parser("saturation", help="in which order the best tokens are decided, and at which layers")
-    add_text_arguments(parser)
-    parser.add_argument("--num-tokens", type=int, default=5000, help="of each text (default %(default)s)")
-    parser.add_argument("--ranks", type=int, default=5, help="best tokens to follow (default %(default)s)")
+    add_text_arguments(parser, PRESETS)
+    add_modality_arguments(parser)
+    parser.add_argument("--num-tokens", type=int, default=5000, help="of each text, or images (default %(default)s)")
+    parser.add_argument("--ranks", type=int, default=5, help="best tokens or classes to follow (default %(default)s)")
     parser.add_argument("--untrained", action="store_true", help="the same for the model with random parameters")
     parser.add_argument("--pairs", type=int, default=0, help="of tokens to implant activations between (default 0)")
     parser.add_argument("--reach", type=int, default=3, help="layers around the switch to implant at")
@@ -38,11 +52,14 @@ def add_parser(commands) -> None:
     parser.set_defaults(command=_run)
 
 
-def add_text_arguments(parser: argparse.ArgumentParser) -> None:
-    """What commands that read texts have in common."""
-    parser.add_argument(
-        "--checkpoint", required=True, action="append", type=Path, help="run, published directory or .gguf; repeatable"
+def add_text_arguments(parser: argparse.ArgumentParser, presets: Sequence[str] = ()) -> None:
+    """What commands that read texts have in common; a preset, where there are any, stands in for checkpoints."""
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument(
+        "--checkpoint", action="append", type=Path, help="run, published directory or .gguf; repeatable"
     )
+    if presets:
+        source.add_argument("--preset", choices=presets, help="trains a small ViT on digits instead")
     parser.add_argument(
         "--data", action="append", default=[], metavar="[NAME=]PATH",
         help="text file or directory; repeatable; Python's manual (prose) and library (code) without it",
@@ -96,11 +113,20 @@ def batches_of(text_model: TextModel, texts: Iterator[str], args, *, num_tokens:
 
 
 def _run(args) -> None:
+    paths = args.checkpoint or []
+    kinds = [model_kind(path) for path in paths]
+    check_sources(args, kinds)
     analysed: dict[str, Saturated] = {}
-    for path in args.checkpoint:
+    for name, found in examine_digits(args) if args.preset else ():
+        analysed[name] = _analyse_examined(name, found, args)
+    for path, kind in zip(paths, kinds):
+        prefix = f"{path.name}: " if len(paths) > 1 else ""
+        if kind != "text":
+            for name, found in examine(path, kind, args):
+                analysed[prefix + name] = _analyse_examined(prefix + name, found, args)
+            continue
         text_model = load(path, max(args.length, args.long or 0))
         model, params = DecoderLM(text_model.config), text_model.params
-        prefix = f"{path.name}: " if len(args.checkpoint) > 1 else ""
         for name, (texts, length) in strata(args).items():
             print(f"analysing {prefix}{name}", file=sys.stderr, flush=True)
             batches = batches_of(text_model, texts, args, num_tokens=args.num_tokens, length=length)
@@ -131,6 +157,15 @@ def _analyse(model: DecoderLM, params, batches: list[Batch], args) -> Saturated:
     implants = _implants(model, params, batches, args) if args.pairs else {}
     second = second_rank(sample.layers, sample.ids, targets, num_layers) if args.ranks > 1 else None
     return Saturated(num_layers, sample.layers, *found, implants, second)
+
+
+def _analyse_examined(name: str, found: Examined, args) -> Saturated:
+    print(f"analysing {name}", file=sys.stderr, flush=True)
+    sample, num_layers, second = found.sample, len(found.sample.streams), None
+    if found.targets is not None and len(sample.layers) > 1:
+        second = second_rank(sample.layers, sample.ids, found.targets, num_layers)
+    results = analyse_sample(sample, num_layers, seed=args.seed, as_published=args.as_published)
+    return Saturated(num_layers, sample.layers, *results, implants_of(found, args) if args.pairs else {}, second)
 
 
 def analyse_sample(sample: StreamSample, num_layers: int, *, seed: int, as_published: bool):
