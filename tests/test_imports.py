@@ -65,7 +65,9 @@ CONFINED = {
     "matplotlib": ["path_jax.report"],
     "tensorflow_datasets": ["path_jax.data.text"],
     "tensorboardX": ["path_jax.training.progress"],
-    "sklearn": [f"path_jax.interpretability.{x}" for x in ("probes", "transitions", "exit_rules", "exit_calibration", "digits")],
+    "sklearn": [
+        f"path_jax.interpretability.{x}" for x in ("probes", "transitions", "exit_rules", "exit_calibration", "digits")
+    ],
     "safetensors": ["path_jax.checkpoints.shards"],
     "tokenizers": ["path_jax.data.tokenizer"],
     "lm_eval": ["path_jax.evaluation.lm_eval"],
