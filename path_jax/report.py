@@ -11,7 +11,7 @@ import io
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +117,7 @@ def write_report(
     if figures:
         write_image(directory / "report.png", figures)
     for name, figure in zip(_file_names(figures), figures):
-        write_file(directory / f"{name}.csv", _csv(figure).encode())
+        write_csv(directory / f"{name}.csv", *_numbers(figure))
     page = directory / "report.html"
     write_file(page, _html(title, summary, figures, images, texts).encode())
     return page
@@ -144,6 +144,20 @@ def format_value(value: Any) -> str:
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """Lines of a Markdown table."""
     return ["| " + " | ".join(line) + " |" for line in [header, ["---"] * len(header), *rows]]
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+    """Lines of a table for a fixed-width font."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)) for row in rows)
+
+
+def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]], *, digits: int | None = None) -> None:
+    """Writes a CSV file, atomically; floats with so many digits, all of them by default."""
+    cell = lambda x: f"{x:.{digits}g}" if digits and isinstance(x, (float, np.floating)) else x
+    buffer = io.StringIO()
+    csv.writer(buffer, lineterminator="\n").writerows([header, *([cell(x) for x in row] for row in rows)])
+    write_file(path, buffer.getvalue().encode())
 
 
 def _png(figures: Sequence[Figure]) -> bytes:
@@ -220,17 +234,13 @@ def _draw_heat_map(axes, figure: HeatMap) -> None:
             axes.text(column, row, f"{value:.3g}", ha="center", va="center", color=color, fontsize="small")
 
 
-def _csv(figure: Figure) -> str:
-    """Tidy rows: series,x,y of a Curve and row,column,value of a HeatMap."""
+def _numbers(figure: Figure) -> tuple[tuple[str, ...], list[tuple]]:
+    """Names of columns, and tidy rows: series,x,y of a Curve and row,column,value of a HeatMap."""
     if isinstance(figure, Curve):
-        rows = [("series", "x", "y")]
-        rows += [(name, *point) for name, (x, y) in figure.series.items() for point in zip(x, y)]
-    else:
-        rows = [("row", "column", "value")]
-        rows += [(row, column, value) for (row, column), value in np.ndenumerate(np.asarray(figure.values))]
-    buffer = io.StringIO()
-    csv.writer(buffer, lineterminator="\n").writerows(rows)
-    return buffer.getvalue()
+        rows = [(name, *point) for name, (x, y) in figure.series.items() for point in zip(x, y)]
+        return ("series", "x", "y"), rows
+    rows = [(row, column, value) for (row, column), value in np.ndenumerate(np.asarray(figure.values))]
+    return ("row", "column", "value"), rows
 
 
 def _file_names(figures: Sequence[Figure]) -> list[str]:

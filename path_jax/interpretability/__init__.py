@@ -17,7 +17,8 @@ from path_jax.interpretability.exit_calibration import (
 from path_jax.interpretability.exit_monitor import ExitMonitor
 from path_jax.interpretability.exit_rules import GapRule, LinearRule, SimilarityRule, load_rule, save_rule, settled_rule
 from path_jax.interpretability.hooks import Site, run, selection, site_shapes, sites, with_weights
-from path_jax.interpretability.implants import ImplantReport, Pairs, find_pairs, implant
+from path_jax.interpretability.implant_trials import ImplantReport, Pairs
+from path_jax.interpretability.implants import find_pairs, implant
 from path_jax.interpretability.interventions import ablate, interchange, interchange_grid, patch, replacements, steer
 from path_jax.interpretability.logit_lens import TopTokens, stream_top_tokens, top_tokens
 from path_jax.interpretability.outcomes import accuracy, answer_probability, attribution_score, logit_difference

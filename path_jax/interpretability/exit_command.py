@@ -1,6 +1,5 @@
 """`python -m path_jax.interpretability early-exit`: chooses exit rules by a text, and measures what they give."""
 
-import sys
 import time
 from collections.abc import Mapping, Sequence
 
@@ -30,6 +29,7 @@ from path_jax.interpretability.exit_rules import (
     settled_rule,
 )
 from path_jax.interpretability.logit_lens import top_tokens
+from path_jax.interpretability.modality_command import say
 from path_jax.interpretability.saturation_command import add_text_arguments, batches_of, load, strata
 from path_jax.interpretability.stream_sample import collect_streams
 from path_jax.interpretability.transitions import fit_transition_probe
@@ -85,9 +85,9 @@ def _run(args) -> None:
         )
     fitting, choosing, heldout[home] = batches[:third], batches[third : 2 * third], batches[2 * third :]
 
-    print("fitting rules", file=sys.stderr, flush=True)
+    say("fitting rules")
     rules = _fit(model, params, fitting, exit_layers, names, args)
-    print("choosing thresholds", file=sys.stderr, flush=True)
+    say("choosing thresholds")
     chosen = trace_exits(model, params, choosing, exit_layers, rules)
     choose = lambda name, target: calibrate(chosen.scores[name], chosen.agrees, depths, target=target, seed=args.seed)
     rules = {name: rule.with_thresholds(choose(name, args.target)) for name, rule in rules.items()}
@@ -97,7 +97,7 @@ def _run(args) -> None:
 
     summaries, targets = {}, {}
     for name, found in heldout.items():
-        print(f"testing {name}", file=sys.stderr, flush=True)
+        say(f"testing {name}")
         trace = trace_exits(model, params, found, exit_layers, rules)
         summaries[name] = _summaries(trace, rules, exit_layers, num_layers)
         if name == home:
@@ -117,9 +117,9 @@ def _run(args) -> None:
         Console().print(table)
     print("\n".join(exits.monitor))
     try:
-        print(f"report: {write_exit_report(args.output, exits)}", file=sys.stderr)
+        say(f"report: {write_exit_report(args.output, exits)}")
     except ImportError as error:
-        print(f"no report.html: {error}", file=sys.stderr)
+        say(f"no report.html: {error}")
 
 
 def _exit_layers(text: str | None, num_layers: int) -> list[int]:
@@ -174,7 +174,7 @@ def _timings(text_model: TextModel, batches, rules, exit_layers, rows: int, args
     }
     timings, full_rate = [], np.nan
     for name, options in ways.items():
-        print(f"timing {name}, {rows} rows", file=sys.stderr, flush=True)
+        say(f"timing {name}, {rows} rows")
         for _ in range(2):
             start = time.perf_counter()
             if options is None:
@@ -206,7 +206,7 @@ def _monitor_check(text_model: TextModel, batches, exit_layers, args) -> list[st
     limit = 2 * args.target
     monitor = ExitMonitor(limit, seed=args.seed)
     bad = SimilarityRule(jnp.full(len(exit_layers), -2.0))
-    print("checking the monitor", file=sys.stderr, flush=True)
+    say("checking the monitor")
     while not monitor.is_tripped and monitor.num_exits < 500:
         generate_with_exits(
             DecoderLM(text_model.config), text_model.params, _prompts(batches, 1), rule=bad, exit_layers=exit_layers,

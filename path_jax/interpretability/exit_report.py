@@ -1,8 +1,6 @@
 """What early exits came to: one page, one PNG, a tidy CSV file, and tables for the terminal."""
 
-import csv
 import dataclasses
-import io
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -102,12 +100,7 @@ def write_exit_report(directory: str | os.PathLike[str], exits: EarlyExits) -> P
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(["text", "rule", "quantity", "value"])
-    for row in _numbers(exits):
-        writer.writerow([f"{x:.6g}" if isinstance(x, float) else x for x in row])
-    report.write_file(directory / "early_exit.csv", buffer.getvalue().encode())
+    report.write_csv(directory / "early_exit.csv", ("text", "rule", "quantity", "value"), _numbers(exits), digits=6)
     curves = [
         report.Curve(
             "Layers saved by the disagreement allowed", "disagreement", "layer speed-up",
@@ -124,8 +117,8 @@ def write_exit_report(directory: str | os.PathLike[str], exits: EarlyExits) -> P
             )
         )  # fmt: skip
     texts = {
-        "Held-out text": _aligned([["text", "rule", *_SUMMARY], *_summary_rows(exits)]),
-        "Greedy generation": _aligned([["rule", *_TIMING], *_timing_rows(exits)]),
+        "Held-out text": report.aligned([["text", "rule", *_SUMMARY], *_summary_rows(exits)]),
+        "Greedy generation": report.aligned([["rule", *_TIMING], *_timing_rows(exits)]),
         "Monitor": "\n".join(exits.monitor),
         "How to read it": _EXPLANATION,
     }
@@ -147,11 +140,6 @@ oracle: leaves as soon as no exit behind changes the token, which nothing can kn
 layer speed-up: layers / mean layers below a token; as published counts the layers of exits from 0.
 recompute: layers left out are run later, in one chunk with the next token that goes deeper, so that caches are exact.
 propagate: they get the stream of the exit at once."""
-
-
-def _aligned(table: list[list[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*table)]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)) for row in table)
 
 
 def _numbers(exits: EarlyExits):

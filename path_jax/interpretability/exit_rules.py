@@ -21,6 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
+from path_jax.models.sampling import largest
+
 
 class _Rule:
     """Leaves where the score is above the exit's threshold."""
@@ -45,7 +47,7 @@ class GapRule(_Rule):
     def scores(self, exit, x, before, lens) -> Float[Array, "n"]:
         """In 0 ... 1."""
         del exit, before
-        probabilities = jax.lax.top_k(jax.nn.softmax(lens(x)), 2)[0]
+        probabilities = largest(jax.nn.softmax(lens(x)), 2)[0]
         return probabilities[:, 0] - probabilities[:, 1]
 
 

@@ -14,7 +14,6 @@ Not supported: dependence between pairs that share a token, which the intervals 
 """
 
 import functools
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,57 +21,10 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from path_jax.interpretability.hooks import Site, run
+from path_jax.interpretability.implant_trials import ImplantReport, Pairs, batches, check_trials, make_trials
 from path_jax.interpretability.logit_lens import top_tokens
 from path_jax.interpretability.saturation import saturation_layers
 from path_jax.models import DecoderLM
-
-CONTROLS = ("same", "late", "random")
-
-
-class Pairs(NamedTuple):
-    """Tokens with the same best token in the end, which saturates earlier in one of them."""
-
-    early_row: Int[np.ndarray, "p"]
-    early_position: Int[np.ndarray, "p"]
-    early_layer: Int[np.ndarray, "p"]  # e
-    late_row: Int[np.ndarray, "p"]
-    late_position: Int[np.ndarray, "p"]
-    late_layer: Int[np.ndarray, "p"]  # l
-    final_id: Int[np.ndarray, "p"]
-
-
-class Trials(NamedTuple):
-    """Implants that were made, one of each pair after each layer."""
-
-    pair: Int[np.ndarray, "n"]
-    layer: Int[np.ndarray, "n"]  # m
-    source_row: Int[np.ndarray, "n"]
-    source_position: Int[np.ndarray, "n"]
-    new_layer: Int[np.ndarray, "n"]  # at which late's best token saturates now
-    new_id: Int[np.ndarray, "n"]  # which it is in the end
-
-
-class ImplantReport(NamedTuple):
-    """What implants did at each distance d of their layer from the source's saturation; NaN without trials.
-
-    Attributes:
-      distances: d = m - e.
-      num_trials, num_successes: a success saturates at the implant's layer, with the final best token unchanged.
-      rates: num_successes / num_trials; lows, highs: its 95 % interval (Wilson), of independent trials.
-      mean_moved: number of layers by which late's best token saturates earlier than without the implant.
-      unchanged_shares: of trials with the final best token unchanged.
-      trials: all of them, one by one.
-    """
-
-    distances: Int[np.ndarray, "d"]
-    num_trials: Int[np.ndarray, "d"]
-    num_successes: Int[np.ndarray, "d"]
-    rates: Float[np.ndarray, "d"]
-    lows: Float[np.ndarray, "d"]
-    highs: Float[np.ndarray, "d"]
-    mean_moved: Float[np.ndarray, "d"]
-    unchanged_shares: Float[np.ndarray, "d"]
-    trials: Trials
 
 
 def find_pairs(
@@ -181,48 +133,34 @@ def implant(
     """
     tokens = np.asarray(tokens)
     inputs = {name: np.asarray(x) for name, x in inputs.items()}
-    if control not in (None, *CONTROLS):
-        raise ValueError(f"{control=} is unknown; choose from {', '.join(CONTROLS)}")
-    if reach < 0 or batch_size < 1:
-        raise ValueError(f"{reach=} must be at least 0 and {batch_size=} at least 1")
-    pairs = Pairs(*map(np.asarray, pairs))
-    if not len(pairs.early_row):
-        raise ValueError("there are no pairs")
+    pairs = check_trials(pairs, reach, batch_size, control)
     places = np.array([[pairs.early_row, pairs.late_row], [pairs.early_position, pairs.late_position]])
     largest = places.max(axis=(1, 2))
     if tokens.ndim != 2 or places.min() < 0 or (largest >= tokens.shape).any():
         raise ValueError(f"pairs are of rows to {largest[0]} and positions to {largest[1]}, tokens are {tokens.shape}")
+    early, late = np.ravel_multi_index(tuple(places), tokens.shape)
 
-    distances = np.arange(-reach, reach + 1)
-    layer = pairs.early_layer[:, None] + distances
-    pair, at = np.nonzero((layer >= 0) & (layer < pairs.late_layer[:, None]))
-    layer, late = layer[pair, at], places[:, 1, pair]
-    if control is None or control == "same":
-        source, is_made = late if control else places[:, 0, pair], np.ones(len(pair), bool)
-    else:
-        top = _top1(model, params, tokens, inputs, batch_size)
+    def best_tokens():
+        layers, ids = _top1(model, params, tokens, inputs, batch_size)
         is_token = inputs.get("segment_ids", np.ones_like(tokens)) != 0
         is_token &= np.arange(tokens.shape[1]) >= pairs.early_position.min()
-        source, is_made = _control_sources(control, *top, is_token, pairs.final_id[pair], layer, late, seed)
-    pair, at, layer, late, source = pair[is_made], at[is_made], layer[is_made], late[:, is_made], source[:, is_made]
+        return layers.reshape(-1), ids.reshape(-1), is_token.reshape(-1)
 
-    vectors = _vectors(model, params, tokens, inputs, source, layer, batch_size)
-    ids = np.empty((model.config.num_layers, len(pair)), np.int32)
-    for some in _batches(len(pair), batch_size):
-        rows, positions = late[:, some]
-        of_rows = {name: x[rows] for name, x in inputs.items()}
-        arrays = tokens[rows], of_rows, positions, layer[some], vectors[some]
-        ids[:, some] = _implanted(model, params, *arrays, as_published)
-    trials = Trials(pair, layer, *source, saturation_layers(ids[..., None])[0].astype(int), ids[-1])
-    is_unchanged = trials.new_id == pairs.final_id[pair]
-    is_success = is_unchanged & (trials.new_layer == layer + as_published)
-    count = lambda weights=None: np.bincount(at, weights, minlength=len(distances))
-    num_trials, num_successes = count(), count(is_success).astype(int)
-    with np.errstate(invalid="ignore"):
-        mean_moved = count(pairs.late_layer[pair] - trials.new_layer) / num_trials
-        rates, unchanged_shares = num_successes / num_trials, count(is_unchanged) / num_trials
-    lows, highs = np.array([_wilson(*x) for x in zip(num_successes.tolist(), num_trials.tolist())]).T
-    return ImplantReport(distances, num_trials, num_successes, rates, lows, highs, mean_moved, unchanged_shares, trials)
+    def implanted(late, layer, source):
+        rows, positions = np.unravel_index(late, tokens.shape)
+        vectors = _vectors(model, params, tokens, inputs, np.unravel_index(source, tokens.shape), layer, batch_size)
+        ids = np.empty((model.config.num_layers, len(late)), np.int32)
+        for some, _ in batches(len(late), min(batch_size, len(late)) or 1):
+            of_rows = {name: x[rows[some]] for name, x in inputs.items()}
+            arrays = tokens[rows[some]], of_rows, positions[some], layer[some], vectors[some]
+            ids[:, some] = _implanted(model, params, *arrays, as_published)
+        return ids
+
+    places = np.indices(tokens.shape).reshape(2, -1)
+    return make_trials(
+        pairs, early, late, places, best_tokens, implanted, reach=reach, control=control, seed=seed,
+        as_published=as_published,
+    )  # fmt: skip
 
 
 @functools.partial(jax.jit, static_argnames=("model", "as_published"))
@@ -258,14 +196,14 @@ def _vectors(model, params, tokens, inputs, source, layers, batch_size) -> Float
     rows, of_row = np.unique(source[0], return_inverse=True)
     if not len(rows):
         return np.empty((0, model.config.embed_dim), np.float32)
-    batches = list(_batches(len(rows), batch_size))
-    size = np.bincount(of_row // len(batches[0])).max()  # most sources of a batch: all have one shape
+    num_rows = min(batch_size, len(rows))
+    size = np.bincount(of_row // num_rows).max()  # most sources of a batch: all have one shape
     streams = None
-    for i, some in enumerate(batches):
-        here = np.flatnonzero(of_row // len(some) == i)
+    for i, (some, _) in enumerate(batches(len(rows), num_rows)):
+        here = np.flatnonzero(of_row // num_rows == i)
         at = np.resize(here, size)
         of_rows = {name: x[rows[some]] for name, x in inputs.items()}
-        x = _streams_at(model, params, tokens[rows[some]], of_rows, of_row[at] % len(some), source[1, at])
+        x = _streams_at(model, params, tokens[rows[some]], of_rows, of_row[at] % num_rows, source[1, at])
         streams = np.empty((len(x), source.shape[1], x.shape[-1]), x.dtype) if streams is None else streams
         streams[:, here] = np.asarray(x)[:, : len(here)]
     return streams[layers, of_source.reshape(-1)]
@@ -274,31 +212,7 @@ def _vectors(model, params, tokens, inputs, source, layers, batch_size) -> Float
 def _top1(model, params, tokens, inputs, batch_size) -> tuple[Int[np.ndarray, "B T"], Int[np.ndarray, "B T"]]:
     """The layer at which the best token of every position saturates, and which it is in the end."""
     ids = np.empty((model.config.num_layers, *tokens.shape), np.int32)
-    for some in _batches(len(tokens), batch_size):
+    for some, _ in batches(len(tokens), min(batch_size, len(tokens))):
         of_rows = {name: x[some] for name, x in inputs.items()}
         ids[:, some] = top_tokens(model, params, tokens[some], 1, **of_rows).ids[..., 0]
     return saturation_layers(ids.reshape(len(ids), -1, 1))[0].reshape(tokens.shape), ids[-1]
-
-
-def _control_sources(control, layers, ids, is_token, final_id, after, late, seed):
-    """A random source [2, n] for each trial, and whether there is one."""
-    rng, source, has_source = np.random.default_rng(seed), late.copy(), np.zeros(len(after), bool)
-    for i in range(len(after)):
-        is_same = ids == final_id[i]
-        fits = is_token & (is_same & (layers > after[i] + 1) if control == "late" else ~is_same)
-        fits[tuple(late[:, i])] = False
-        if len(candidates := np.flatnonzero(fits)):
-            source[:, i], has_source[i] = np.unravel_index(rng.choice(candidates), ids.shape), True
-    return source, has_source
-
-
-def _batches(num_rows, batch_size):
-    """Indices of rows, in batches of one size: the last one has some twice."""
-    for start in range(0, num_rows, batch_size):
-        yield np.resize(np.arange(start, min(start + batch_size, num_rows)), min(batch_size, num_rows))
-
-
-def _wilson(successes, trials) -> tuple[float, float]:
-    from scipy import stats  # slow to import
-
-    return tuple(stats.binomtest(successes, trials).proportion_ci(method="wilson")) if trials else (np.nan, np.nan)

@@ -20,6 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 from path_jax.data import Batch
 from path_jax.interpretability.hooks import Site, run
 from path_jax.models import DecoderLM
+from path_jax.models.sampling import largest
 
 
 class TopTokens(NamedTuple):
@@ -103,12 +104,11 @@ def _top_tokens(model, params, tokens, inputs, k, chunk_size) -> TopTokens:
     x = jnp.pad(x, [(0, 0), (0, num_chunks * chunk_size - num_tokens), (0, 0)])
 
     def best(x):
-        return jax.lax.top_k(model.apply({"params": params}, x, method="lens"), k + 1)
+        return largest(model.apply({"params": params}, x, method="lens"), k + 1)
 
     def as_before(x):
         return x.reshape(num_layers, -1, x.shape[-1])[:, :num_tokens].reshape(num_layers, *tokens.shape, x.shape[-1])
 
     chunks = x.reshape(num_layers * num_chunks, chunk_size, -1)
     logits, ids = map(as_before, jax.lax.map(best, chunks))
-    # Cut here: inside the loop, XLA merges it with top_k, which on the CPU then becomes a sort of the whole vocabulary.
     return TopTokens(ids[..., :k], logits)

@@ -21,9 +21,11 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from path_jax.checkpoints.whisper import Decoding
-from path_jax.interpretability.implants import CONTROLS, ImplantReport, Pairs, Trials, find_pairs
+from path_jax.interpretability.implant_trials import ImplantReport, Pairs, batches, check_trials, make_trials
+from path_jax.interpretability.implants import find_pairs
 from path_jax.interpretability.saturation import saturation_layers
 from path_jax.interpretability.stream_sample import StreamSample
+from path_jax.models.sampling import largest
 from path_jax.models.vit import ViT
 from path_jax.models.whisper import Whisper, transcribe
 from path_jax.nn.taps import is_tap
@@ -160,12 +162,7 @@ def implant_streams(
     Raises:
       ValueError: if there are no pairs, they are not of the sample, for an unknown control or a number out of range.
     """
-    if control not in (None, *CONTROLS):
-        raise ValueError(f"{control=} is unknown; choose from {', '.join(CONTROLS)}")
-    if reach < 0 or batch_size < 1:
-        raise ValueError(f"{reach=} must be at least 0 and {batch_size=} at least 1")
-    if not len(pairs.early_row):
-        raise ValueError("there are no pairs")
+    pairs = check_trials(pairs, reach, batch_size, control)
     number = {place: i for i, place in enumerate(zip(sample.rows.tolist(), sample.positions.tolist()))}
     try:
         early = np.array([number[place] for place in zip(pairs.early_row.tolist(), pairs.early_position.tolist())])
@@ -173,26 +170,23 @@ def implant_streams(
     except KeyError as error:
         raise ValueError(f"the sample has no token at row and position {error} of the pairs") from None
 
-    distances = np.arange(-reach, reach + 1)
-    layer = pairs.early_layer[:, None] + distances
-    pair, at = np.nonzero((layer >= 0) & (layer < pairs.late_layer[:, None]))
-    layer, late = layer[pair, at], late[pair]
-    if control in (None, "same"):
-        source, is_made = (late if control else early[pair]), np.ones(len(pair), bool)
-    else:
-        may_be = sample.positions >= pairs.early_position.min()
-        source, is_made = _control_sources(control, sample, may_be, late, pairs.final_id[pair], layer, seed)
-    pair, at, layer, late, source = (x[is_made] for x in (pair, at, layer, late, source))
+    def best_tokens():
+        return sample.layers[0] % len(sample.streams), sample.ids[:, 0], sample.positions >= pairs.early_position.min()
 
-    ids = np.empty((len(sample.streams), len(pair)), np.int32)
-    for some, _ in _batches(len(pair), batch_size):  # of one shape whatever the control, so compiled once
-        tokens, after = late[some], layer[some]
-        of_rows = tuple(x[sample.rows[tokens]] for x in inputs)
-        vectors = sample.streams[after, source[some]]
-        ids[:, some] = _implanted(model, params, of_rows, sample.positions[tokens], after, vectors, as_published)
-    new_layer = saturation_layers(ids[..., None])[0].astype(int)
-    trials = Trials(pair, layer, sample.rows[source], sample.positions[source], new_layer, ids[-1])
-    return _report(pairs, trials, at, distances, as_published)
+    def implanted(late, layer, source):
+        ids = np.empty((len(sample.streams), len(late)), np.int32)
+        for some, _ in batches(len(late), batch_size):  # of one shape whatever the control, so compiled once
+            tokens, after = late[some], layer[some]
+            of_rows = tuple(x[sample.rows[tokens]] for x in inputs)
+            vectors = sample.streams[after, source[some]]
+            ids[:, some] = _implanted(model, params, of_rows, sample.positions[tokens], after, vectors, as_published)
+        return ids
+
+    places = np.stack([sample.rows, sample.positions])
+    return make_trials(
+        pairs, early, late, places, best_tokens, implanted, reach=reach, control=control, seed=seed,
+        as_published=as_published,
+    )  # fmt: skip
 
 
 @functools.partial(jax.jit, static_argnames=("model", "as_published"))
@@ -228,7 +222,7 @@ def _read(model, params, inputs, k) -> tuple[Float[Array, "L B T D"], Int[Array,
     """Residual streams after every layer, and the best ids."""
     x = model.apply({"params": params}, *inputs, method=_method(model)).streams
     x = x.reshape(len(x), len(inputs[0]), -1, x.shape[-1])  # a class token is at the one position
-    ids = jax.lax.map(lambda x: jax.lax.top_k(model.apply({"params": params}, x, method="lens"), k)[1], x)
+    ids = jax.lax.map(lambda x: largest(model.apply({"params": params}, x, method="lens"), k)[1], x)
     return x.astype(jnp.float32), ids
 
 
@@ -247,7 +241,7 @@ def _sample(model, params, inputs: Inputs, is_token: Bool[np.ndarray, "N T"], k,
     if not is_token.any():
         raise ValueError("there are no tokens")
     streams, ids = [], []
-    for rows, count in _batches(len(is_token), min(batch_size, len(is_token))):
+    for rows, count in batches(len(is_token), min(batch_size, len(is_token))):
         found = _read(model, params, tuple(x[rows] for x in inputs), k)
         for parts, x in zip((streams, ids), found):
             parts.append(np.asarray(x)[:, :count][:, is_token[rows[:count]]])
@@ -261,47 +255,9 @@ def _num_predicted(texts, decoding) -> Int[np.ndarray, "N"]:
     return np.minimum(1 + np.logical_and.accumulate(texts != decoding.eos_id, axis=1).sum(axis=1), texts.shape[1])
 
 
-def _batches(num_rows, size):
-    """Indices of rows, in batches of one size, and how many of them are new: the last one has some twice."""
-    for start in range(0, num_rows, size):
-        rows = np.arange(start, min(start + size, num_rows))
-        yield np.resize(rows, size), len(rows)
-
-
 def _by_batches(function: Callable, array, batch_size) -> np.ndarray:
     if not len(array) or batch_size < 1:
         raise ValueError(f"there are {len(array)} rows; {batch_size=} must be at least 1")
     return np.concatenate(
-        [np.asarray(function(array[rows]))[:count] for rows, count in _batches(len(array), min(batch_size, len(array)))]
+        [np.asarray(function(array[rows]))[:count] for rows, count in batches(len(array), min(batch_size, len(array)))]
     )
-
-
-def _control_sources(control, sample, may_be, late, final_id, after, seed):
-    """A random token of the sample for each trial, and whether there is one."""
-    rng, source, has_source = np.random.default_rng(seed), late.copy(), np.zeros(len(late), bool)
-    layers, ids = sample.layers[0] % len(sample.streams), sample.ids[:, 0]
-    for i in range(len(late)):
-        is_same = ids == final_id[i]
-        fits = may_be & (is_same & (layers > after[i] + 1) if control == "late" else ~is_same)
-        fits[late[i]] = False
-        if len(candidates := np.flatnonzero(fits)):
-            source[i], has_source[i] = rng.choice(candidates), True
-    return source, has_source
-
-
-def _report(pairs: Pairs, trials: Trials, at, distances, as_published) -> ImplantReport:
-    """Sums trials up, each at the index `at` of its distance."""
-    from scipy import stats  # slow to import
-
-    is_unchanged = trials.new_id == pairs.final_id[trials.pair]
-    is_success = is_unchanged & (trials.new_layer == trials.layer + as_published)
-    count = lambda weights=None: np.bincount(at, weights, minlength=len(distances))
-    num_trials, num_successes = count(), count(is_success).astype(int)
-    with np.errstate(invalid="ignore"):
-        means = [count(x) / num_trials for x in (pairs.late_layer[trials.pair] - trials.new_layer, is_unchanged)]
-        rates = num_successes / num_trials
-    intervals = [
-        stats.binomtest(*counts).proportion_ci(method="wilson") if counts[1] else (np.nan, np.nan)
-        for counts in zip(num_successes.tolist(), num_trials.tolist())
-    ]
-    return ImplantReport(distances, num_trials, num_successes, rates, *np.array(intervals).T, *means, trials)

@@ -3,7 +3,7 @@
 import argparse
 import sys
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,7 +17,7 @@ from path_jax.checkpoints.whisper import load_decoding, load_whisper
 from path_jax.data.speech import SAMPLE_RATE, log_mel, read_wav, speak
 from path_jax.data.tokenizer import load_tokenizer
 from path_jax.interpretability.digits import train_digits
-from path_jax.interpretability.implants import CONTROLS, ImplantReport
+from path_jax.interpretability.implant_trials import CONTROLS, ImplantReport
 from path_jax.interpretability.modalities import (
     Inputs,
     decoder_inputs,
@@ -115,14 +115,14 @@ def examine(path: Path, kind: str, args) -> Iterator[tuple[str, Examined]]:
     sources = [(args.audio, _recorded)] if args.audio else []
     sources += [(args.speak, lambda path: _spoken(path, args.language))] if args.speak else []
     for source, read in sources:
-        _say(f"reading {source.stem}")
+        say(f"reading {source.stem}")
         pieces = [samples[i : i + size] for samples in read(source) for i in range(0, len(samples), size)]
         mels = np.stack([log_mel(x, config.num_mel_bins, config.max_source_positions * _SECONDS) for x in pieces])
         # Half of the positions, as in OpenAI's program.
         left = config.max_target_positions - len(decoding.prompt_ids)
         limit = min(args.length, config.max_target_positions // 2, left)
         options = dict(max_new_tokens=limit, batch_size=args.batch_size, as_published=args.as_published)
-        _say(f"transcribing {len(mels)} pieces of {source.stem}")
+        say(f"transcribing {len(mels)} pieces of {source.stem}")
         models, texts = {source.stem: params}, None
         if args.untrained and source == sources[0][0]:
             tokens = np.zeros((1, 1), np.int32)
@@ -131,7 +131,7 @@ def examine(path: Path, kind: str, args) -> Iterator[tuple[str, Examined]]:
             sample, texts = speech_sample(model, params_of, mels, decoding, ranks, texts=texts, **options)
             if label == source.stem and tokenizer:
                 for text in texts:
-                    _say(f"  {tokenizer.decode(text[text != decoding.eos_id]).strip()}")
+                    say(f"  {tokenizer.decode(text[text != decoding.eos_id]).strip()}")
             inputs = ()
             if args.pairs:
                 inputs = decoder_inputs(model, params_of, mels, texts, decoding, batch_size=args.batch_size)
@@ -142,15 +142,21 @@ def implants_of(found: Examined, args) -> dict[str, ImplantReport]:
     """Of the switch to deciding on the second class or token, and of the controls."""
     pairs = sample_pairs(found.sample, max_pairs=args.pairs, seed=args.seed)
     if not len(pairs.early_row):
-        _say("no implants: no two tokens with one best class or token saturate far enough apart")
+        say("no implants: no two tokens with one best class or token saturate far enough apart")
         return {}
+    return with_controls(lambda control: implant_streams(
+        found.model, found.params, found.inputs, found.sample, pairs, reach=args.reach, control=control,
+        seed=args.seed, as_published=args.as_published,
+    ))  # fmt: skip
+
+
+def with_controls(implant: Callable[[str | None], ImplantReport]) -> dict[str, ImplantReport]:
+    """{"switch" or the name of a control: what implanting came to}."""
     reports = {}
     for control in (None, *CONTROLS):
-        _say(f"implanting {control or 'switch'}")
-        reports[control or "switch"] = implant_streams(
-            found.model, found.params, found.inputs, found.sample, pairs, reach=args.reach, control=control,
-            seed=args.seed, as_published=args.as_published,
-        )  # fmt: skip
+        name = control or "switch"
+        say(f"implanting {name}")
+        reports[name] = implant(control)
     return reports
 
 
@@ -197,5 +203,6 @@ def _spoken(path: Path, language: str) -> list[Float[np.ndarray, "n"]]:
     return [speak(line, language) for line in lines]
 
 
-def _say(text: str) -> None:
+def say(text: str) -> None:
+    """A line on stderr, at once."""
     print(text, file=sys.stderr, flush=True)

@@ -1,10 +1,8 @@
 """What recall analyses of any number of models came to: one page, one PNG, tidy CSV files and a table."""
 
-import csv
 import dataclasses
-import io
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -73,11 +71,11 @@ def write_recall_report(directory: str | os.PathLike[str], analysed: Mapping[str
         for part, values in parts.items()
     ]
     interval = ("mean", "low", "high")
-    _write_csv(directory / "behaviour.csv", ("model", "quantity", *interval), behaviour)
-    _write_csv(directory / "attribution.csv", ("model", "corrupted", "site", "token", *interval), attribution)
+    report.write_csv(directory / "behaviour.csv", ("model", "quantity", *interval), behaviour, digits=6)
+    report.write_csv(
+        directory / "attribution.csv", ("model", "corrupted", "site", "token", *interval), attribution, digits=6
+    )
     header, rows = _table(analysed)
-    widths = [max(map(len, column)) for column in zip(header, *rows)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)) for row in (header, *rows)]
     return report.write_report(
         directory,
         title="Recall: which tokens carry the association",
@@ -87,7 +85,7 @@ def write_recall_report(directory: str | os.PathLike[str], analysed: Mapping[str
             *(_heat_map(label, item.analysis, intervals[label]) for label, item in analysed.items()),
         ],
         texts={
-            "Results": "\n".join(lines),
+            "Results": report.aligned([header, *rows]),
             "Parts of mixers, key corrupted": "\n".join(_part_lines(analysed)),
             "How to read it": _explanation(analysed),
         },
@@ -196,11 +194,3 @@ def _curves(analysed) -> list[report.Curve]:
         report.Curve(title, "step", "share", over_training(measure), y_range=(0, 1))
         for title, measure in figures.items()
     ]
-
-
-def _write_csv(path: Path, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(header)
-    writer.writerows([f"{x:.6g}" if isinstance(x, float) else x for x in row] for row in rows)
-    report.write_file(path, buffer.getvalue().encode())

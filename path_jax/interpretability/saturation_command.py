@@ -4,7 +4,7 @@ A checkpoint of a ViT or of Whisper is read by modality_command.py, any other by
 """
 
 import argparse
-import sys
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -14,7 +14,8 @@ from rich.console import Console
 
 from path_jax.data import Batch
 from path_jax.evaluation.text_model import TextModel
-from path_jax.interpretability.implants import CONTROLS, ImplantReport, find_pairs, implant
+from path_jax.interpretability.implant_trials import ImplantReport
+from path_jax.interpretability.implants import find_pairs, implant
 from path_jax.interpretability.logit_lens import top_tokens
 from path_jax.interpretability.modality_command import (
     PRESETS,
@@ -25,6 +26,8 @@ from path_jax.interpretability.modality_command import (
     examine_digits,
     implants_of,
     model_kind,
+    say,
+    with_controls,
 )
 from path_jax.interpretability.saturation import is_early, saturation_layers, saturation_summary
 from path_jax.interpretability.saturation_report import Saturated, saturation_table, write_saturation_report
@@ -79,18 +82,18 @@ def strata(args) -> dict[str, tuple[Iterator[str], int]]:
     """{name: (texts, tokens of a window)} as the arguments say."""
     if args.data:
         named = [item.partition("=") if "=" in item else (Path(item).stem, "=", item) for item in args.data]
-        texts = {name: list(file_texts(path)) for name, _, path in named}
+        readers = {name: functools.partial(file_texts, path) for name, _, path in named}
     else:
-        texts = {name: list(found) for name, found in standard_texts().items()}
-    found = {name: (iter(items), args.length) for name, items in texts.items()}
-    name, first = next(iter(texts.items()))
+        readers = {name: lambda name=name: standard_texts()[name] for name in standard_texts()}
+    found = {name: (read(), args.length) for name, read in readers.items()}
+    name, read_first = next(iter(readers.items()))
     for share in NOISE if args.noise == [] else args.noise or ():
         if not 0 < share <= 1:
             raise ValueError(f"--noise={share} must be in (0, 1]")
-        noisy = (add_noise(text, share, args.seed + i) for i, text in enumerate(first))
+        noisy = (add_noise(text, share, args.seed + i) for i, text in enumerate(read_first()))
         found[f"{name}, {share:.0%} noise"] = (noisy, args.length)
     if args.long:
-        found[f"{name}, {args.long} tokens"] = (iter(first), args.long)
+        found[f"{name}, {args.long} tokens"] = (read_first(), args.long)
     return found
 
 
@@ -128,11 +131,11 @@ def _run(args) -> None:
         text_model = load(path, max(args.length, args.long or 0))
         model, params = DecoderLM(text_model.config), text_model.params
         for name, (texts, length) in strata(args).items():
-            print(f"analysing {prefix}{name}", file=sys.stderr, flush=True)
+            say(f"analysing {prefix}{name}")
             batches = batches_of(text_model, texts, args, num_tokens=args.num_tokens, length=length)
             analysed[prefix + name] = _analyse(model, params, batches, args)
             if args.untrained and f"{prefix}untrained" not in analysed:
-                print(f"analysing {prefix}untrained", file=sys.stderr, flush=True)
+                say(f"analysing {prefix}untrained")
                 random = jax.jit(model.init)(jax.random.key(args.seed), batches[0].tokens[:1, :1])["params"]
                 analysed[f"{prefix}untrained"] = _analyse(model, random, batches, args)
     finish(args.output, analysed)
@@ -142,9 +145,9 @@ def finish(output: Path, analysed: Mapping[str, Saturated]) -> None:
     """Prints the table and writes the report."""
     Console().print(saturation_table(analysed))
     try:
-        print(f"report: {write_saturation_report(output, analysed)}", file=sys.stderr)
+        say(f"report: {write_saturation_report(output, analysed)}")
     except ImportError as error:
-        print(f"no report.html: {error}", file=sys.stderr)
+        say(f"no report.html: {error}")
 
 
 def _analyse(model: DecoderLM, params, batches: list[Batch], args) -> Saturated:
@@ -160,7 +163,7 @@ def _analyse(model: DecoderLM, params, batches: list[Batch], args) -> Saturated:
 
 
 def _analyse_examined(name: str, found: Examined, args) -> Saturated:
-    print(f"analysing {name}", file=sys.stderr, flush=True)
+    say(f"analysing {name}")
     sample, num_layers, second = found.sample, len(found.sample.streams), None
     if found.targets is not None and len(sample.layers) > 1:
         second = second_rank(sample.layers, sample.ids, found.targets, num_layers)
@@ -179,7 +182,7 @@ def analyse_sample(sample: StreamSample, num_layers: int, *, seed: int, as_publi
             as_published=as_published,
         )  # fmt: skip
     except ValueError as error:
-        print(f"no probe: {error}", file=sys.stderr)
+        say(f"no probe: {error}")
         probe = None
     return summary, probe
 
@@ -191,19 +194,15 @@ def _implants(model: DecoderLM, params, batches: list[Batch], args) -> dict[str,
     tokens, mask = cut("tokens"), cut("segment_ids")
     tokens = tokens[(mask > 0).all(axis=1)][:_IMPLANT_ROWS]
     if not len(tokens):
-        print("no implants: the text has no whole window for them", file=sys.stderr)
+        say("no implants: the text has no whole window for them")
         return {}
     ids = np.asarray(top_tokens(model, params, tokens, 1).ids)
     layers = saturation_layers(ids.reshape(len(ids), -1, 1))[0].reshape(tokens.shape)
     pairs = find_pairs(layers, ids[-1, ..., 0], model.config.num_layers, max_pairs=args.pairs, seed=args.seed)
     if not len(pairs.early_row):
-        print("no implants: no two tokens with one best token saturate far enough apart", file=sys.stderr)
+        say("no implants: no two tokens with one best token saturate far enough apart")
         return {}
-    reports = {}
-    for control in (None, *CONTROLS):
-        print(f"implanting {control or 'switch'}", file=sys.stderr, flush=True)
-        reports[control or "switch"] = implant(
-            model, params, tokens, pairs, reach=args.reach, control=control, seed=args.seed,
-            as_published=args.as_published,
-        )  # fmt: skip
-    return reports
+    return with_controls(lambda control: implant(
+        model, params, tokens, pairs, reach=args.reach, control=control, seed=args.seed,
+        as_published=args.as_published,
+    ))  # fmt: skip

@@ -1,8 +1,6 @@
 """What saturation analyses of any number of texts or models came to: one page, one PNG, one tidy CSV file, a table."""
 
-import csv
 import dataclasses
-import io
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +10,7 @@ from jaxtyping import Int
 from rich.table import Table
 
 from path_jax import report
-from path_jax.interpretability.implants import ImplantReport
+from path_jax.interpretability.implant_trials import ImplantReport
 from path_jax.interpretability.saturation import SaturationSummary
 from path_jax.interpretability.second_rank import SecondRank
 from path_jax.interpretability.transitions import ProbeReport
@@ -65,16 +63,9 @@ def write_saturation_report(directory: str | os.PathLike[str], analysed: Mapping
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(["source", "quantity", "at", "value"])
-    for label, item in analysed.items():
-        for quantity, at, value in _numbers(item):
-            writer.writerow([label, quantity, at, value if isinstance(value, int) else f"{value:.6g}"])
-    report.write_file(directory / "saturation.csv", buffer.getvalue().encode())
+    rows = [(label, *row) for label, item in analysed.items() for row in _numbers(item)]
+    report.write_csv(directory / "saturation.csv", ("source", "quantity", "at", "value"), rows, digits=6)
     table = [["", *_COLUMNS], *([label, *_cells(item)] for label, item in analysed.items())]
-    widths = [max(map(len, column)) for column in zip(*table)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)) for row in table]
     second = [
         f"{label}: {x.late_accuracy:.1%} of {x.num_late:,} late, {x.early_accuracy:.1%} of {x.num_early:,} early, "
         f"z {x.z:.2f}, p {x.p_value:.2g}"
@@ -86,7 +77,7 @@ def write_saturation_report(directory: str | os.PathLike[str], analysed: Mapping
         title="Saturation of the best tokens",
         summary={},
         figures=_figures(analysed),
-        texts={"Results": "\n".join(lines)}
+        texts={"Results": report.aligned(table)}
         | ({"Second rank right where the first is wrong": "\n".join(second)} if second else {})
         | {"How to read it": _EXPLANATION},
     )

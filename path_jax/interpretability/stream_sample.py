@@ -14,6 +14,7 @@ from path_jax.interpretability.hooks import Site, run
 from path_jax.interpretability.logit_lens import unpacked
 from path_jax.interpretability.saturation import saturation_layers
 from path_jax.models import DecoderLM
+from path_jax.models.sampling import largest
 
 
 class StreamSample(NamedTuple):
@@ -102,5 +103,5 @@ def _captured(model, params, tokens, inputs) -> list[Float[Array, "B T D"]]:
 def _read(model, params, streams, chosen, k):
     """Streams [L, chunk, D] of the chosen tokens of a batch, and logits and ids [L, chunk, k] of their best tokens."""
     x = jnp.stack([stream.reshape(-1, stream.shape[-1])[chosen] for stream in streams])
-    top = jax.lax.map(lambda x: jax.lax.top_k(model.apply({"params": params}, x, method="lens"), k), x)
+    top = jax.lax.map(lambda x: largest(model.apply({"params": params}, x, method="lens"), k), x)
     return x.astype(jnp.float32), top

@@ -26,7 +26,8 @@ from path_jax.mixers.state import put_rows, take_rows
 from path_jax.models.cache import init_cache, unrolled
 from path_jax.models.config import ModelConfig
 from path_jax.models.decoder_lm import Block, DecoderLM
-from path_jax.models.generate import append_rows, check_prompt, check_sampling
+from path_jax.models.generate import append_rows, check_prompt, prefill
+from path_jax.models.sampling import check_sampling, largest
 
 # rule(exit, x, before, lens) -> is_done [R]: whether tokens may leave at exit number `exit` (an int32 scalar) with the
 # residual stream x [R, D], which the last layer made of `before` [R, D]; lens(x) gives logits [R, V]. A pytree with
@@ -115,14 +116,15 @@ def generate_with_exits(
     model, batch = DecoderLM(config), len(tokens)
     cache = init_cache(config, batch, tokens.shape[1] + max_new_tokens, dtype=cache_dtype or config.dtype)
     lens = {name: params[name] for name in ("final_norm", "lm_head", "embed") if name in params}
-    newest, cache = _prefill(model, params, tokens, lengths, cache)
-    stack = _Stack(model, params, lens, rule, exit_layers, cache, max_waiting if missing == "recompute" else None)
+    first = prefill(model, sampling, max_new_tokens, params, tokens, lengths, cache, rng)
+    max_waiting = max_waiting if missing == "recompute" else None
+    stack = _Stack(model, params, lens, rule, exit_layers, first.cache, max_waiting)
     take = functools.partial(_take, model, sampling, lens, rng=rng)
 
     new = np.full((batch, max_new_tokens), sampling.fill, np.int32)
     depths = np.zeros((batch, max_new_tokens), np.int32)
     is_running = np.ones(batch, bool)
-    token, is_stop = (np.asarray(x) for x in take(newest, step=0)[:2])
+    token, is_stop = np.asarray(first.new[:, 0]), np.asarray(first.is_stopped)
     depth = np.full(batch, config.num_layers)
     num_steps = 0
     for step in range(max_new_tokens):
@@ -250,25 +252,12 @@ def _power_of_two(number: int) -> int:
     return 1 << (int(number) - 1).bit_length()
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnames="cache")
-def _prefill(model, params, tokens, lengths, cache):
-    """The last layer's stream at the end of each prompt, and the cache."""
-    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    x = model.apply({"params": params}, tokens, positions, method="embed_tokens")
-    states = []
-    for layer, state in enumerate(cache):
-        block, layer_params = Block(model.config, layer), params[f"layers_{layer}"]
-        x, state = block.apply({"params": layer_params}, x, positions, None, state, lengths)
-        states.append(state)
-    return jnp.take_along_axis(x, lengths[:, None, None] - 1, axis=1)[:, 0], tuple(states)
-
-
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _take(model, sampling, lens, x, *, rng, step):
     """Of streams [B, D]: a token, whether it ends its row, the likeliest token and how far it is ahead."""
     logits = model.apply({"params": lens}, x, method="lens")
     token = sampling.take(logits, jax.random.fold_in(rng, step))
-    top, best = jax.lax.top_k(logits, 2)
+    top, best = largest(logits, 2)
     probability = jnp.exp(top - jax.nn.logsumexp(logits, axis=-1, keepdims=True))
     return token, sampling.is_stop(token), best[:, 0], probability[:, 0] - probability[:, 1]
 
@@ -284,25 +273,33 @@ def _taker(rows):
     return (lambda x: x) if rows is None else (lambda x: jnp.take(x, rows, axis=0, mode="fill", fill_value=0))
 
 
+def _through(config: ModelConfig, mixers, params, states, x, lengths, rows, **options):
+    """The first `lengths` tokens of x [R, W, D] through some layers.
+
+    Returns:
+      x behind the last layer, x before it, and the states of all B rows.
+    """
+    part = states if rows is None else tuple(take_rows(state, rows) for state in states)
+    positions = part[0].length[:, None] + jnp.arange(x.shape[1])
+    new = []
+    for layer, layer_params, state in zip(mixers, params, part):
+        before = x
+        x, state = Block(config, layer).apply({"params": layer_params}, x, positions, None, state, lengths, **options)
+        new.append(state)
+    return x, before, tuple(new) if rows is None else tuple(put_rows(*item, rows) for item in zip(states, new))
+
+
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=(7, 9, 10))
 def _run(model, mixers, width, params, lens, rule, j, states, waiting, waiting_next, newest, counts, waits, rows):
     """One segment for some rows, their tokens of `waiting` in one chunk of `width`."""
     take = _taker(rows)
-    part = states if rows is None else tuple(take_rows(state, rows) for state in states)
-    x, lengths = take(waiting[:, :width]), take(counts)
-    positions = part[0].length[:, None] + jnp.arange(width)
-    new = []
-    for layer, layer_params, state in zip(mixers, params, part):
-        before = x
-        x, state = Block(model.config, layer).apply({"params": layer_params}, x, positions, None, state, lengths)
-        new.append(state)
-    states = tuple(new) if rows is None else tuple(put_rows(*item, rows) for item in zip(states, new))
+    lengths = take(counts)
+    x, before, states = _through(model.config, mixers, params, states, take(waiting[:, :width]), lengths, rows)
     last, before = (
         jnp.take_along_axis(y, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)[:, 0] for y in (x, before)
     )
     at = jnp.arange(len(newest)) if rows is None else rows
-    has_tokens = lengths > 0
-    newest = newest.at[jnp.where(has_tokens, at, len(newest))].set(last.astype(newest.dtype), mode="drop")
+    newest = newest.at[jnp.where(lengths > 0, at, len(newest))].set(last.astype(newest.dtype), mode="drop")
     if waiting_next is None:
         return states, None, newest, None
     place = take(waits)[:, None] + jnp.arange(width)
@@ -316,13 +313,5 @@ def _run(model, mixers, width, params, lens, rule, j, states, waiting, waiting_n
 def _store(config: ModelConfig, mixers, params, states, newest, lengths, rows):
     """The states of a segment with one token more for some rows, whose stream is as it left."""
     take = _taker(rows)
-    part = states if rows is None else tuple(take_rows(state, rows) for state in states)
-    x, lengths = take(newest)[:, None], take(lengths)
-    new = []
-    for layer, layer_params, state in zip(mixers, params, part):
-        positions = state.length[:, None]
-        _, state = Block(config, layer).apply(
-            {"params": layer_params}, x, positions, None, state, lengths, only_cache=True
-        )
-        new.append(state)
-    return tuple(new) if rows is None else tuple(put_rows(*item, rows) for item in zip(states, new))
+    stream = take(newest)[:, None]
+    return _through(config, mixers, params, states, stream, take(lengths), rows, only_cache=True)[2]

@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from path_jax.models.cache import init_cache, unrolled
 from path_jax.models.decoder_lm import DecoderLM, LMCache
+from path_jax.models.sampling import Sampling, check_sampling
 
 
 def generate(
@@ -60,7 +61,7 @@ def generate(
     config, params = unrolled(model.config, params)
     cache = init_cache(config, len(tokens), tokens.shape[1] + max_new_tokens, dtype=cache_dtype or config.dtype)
     model = DecoderLM(config)
-    state = _prefill(model, sampling, max_new_tokens, params, tokens, lengths, cache, rng)
+    state = prefill(model, sampling, max_new_tokens, params, tokens, lengths, cache, rng)
     if on_token is None:
         state = _decode(model, sampling, max_new_tokens - 1, params, state, rng)
     else:
@@ -73,52 +74,6 @@ def generate(
     return jnp.asarray(append_rows(tokens, lengths, new, max_new_tokens, sampling.fill))
 
 
-class Sampling(NamedTuple):
-    """How a token is taken from logits, and which tokens end a row."""
-
-    temperature: float
-    top_k: int | None
-    top_p: float | None
-    stop_tokens: tuple[int, ...]
-
-    @property
-    def fill(self) -> int:
-        """What follows the end of a row."""
-        return self.stop_tokens[0] if self.stop_tokens else 0
-
-    def take(self, logits: Float[Array, "B V"], rng) -> Int[Array, "B"]:
-        """A token for each row."""
-        if self.temperature > 0:
-            logits = restrict(logits / self.temperature, self.top_k, self.top_p)
-            return jax.random.categorical(rng, logits).astype(jnp.int32)
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-
-    def is_stop(self, token: Int[Array, "B"]) -> Bool[Array, "B"]:
-        """Whether a token ends its row."""
-        return jnp.isin(token, jnp.array(self.stop_tokens, jnp.int32))
-
-
-def check_sampling(vocab_size: int, temperature, top_k, top_p, rng, stop_token) -> Sampling:
-    """The arguments of `generate` of these names.
-
-    Raises:
-      ValueError: for one out of range.
-    """
-    if not temperature >= 0:
-        raise ValueError(f"temperature={temperature} must be >= 0; 0 is greedy")
-    if temperature > 0 and rng is None:
-        raise ValueError(f"temperature={temperature} samples, which needs rng; pass rng=jax.random.key(0)")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k={top_k} must be at least 1")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"top_p={top_p} must be in (0, 1]")
-    stop_tokens = () if stop_token is None else tuple(int(token) for token in np.atleast_1d(stop_token))
-    for token in stop_tokens:
-        if not 0 <= token < vocab_size:
-            raise ValueError(f"stop_token={token} must be in [0, {vocab_size=})")
-    return Sampling(float(temperature), top_k, top_p, stop_tokens)
-
-
 def append_rows(tokens, lengths, new: Int[np.ndarray, "B t"], max_new_tokens: int, fill: int) -> Int[np.ndarray, "B S"]:
     """Each row its prompt, what follows it, and filling."""
     out = np.full((len(tokens), tokens.shape[1] + max_new_tokens), fill, np.int32)
@@ -128,7 +83,7 @@ def append_rows(tokens, lengths, new: Int[np.ndarray, "B t"], max_new_tokens: in
     return out
 
 
-class _State(NamedTuple):
+class DecodeState(NamedTuple):
     """Between two steps."""
 
     cache: LMCache  # of all tokens but the last
@@ -137,30 +92,15 @@ class _State(NamedTuple):
     step: Array  # tokens so far
 
 
-def restrict(logits: Float[Array, "B V"], top_k: int | None, top_p: float | None) -> Float[Array, "B V"]:
-    """Returns `logits` with -inf for the tokens that top-k and then top-p sampling leave out."""
-    if top_k is not None and top_k < logits.shape[-1]:
-        smallest = jax.lax.top_k(logits, top_k)[0][:, -1:]
-        logits = jnp.where(logits < smallest, -jnp.inf, logits)
-    if top_p is not None and top_p < 1:
-        descending = jnp.sort(logits, axis=-1, descending=True)
-        probability = jax.nn.softmax(descending, axis=-1)
-        # A token stays if those before it hold less than top_p: so the first always does.
-        is_kept = jnp.cumsum(probability, axis=-1) - probability < top_p
-        smallest = jnp.min(jnp.where(is_kept, descending, jnp.inf), axis=-1, keepdims=True)
-        logits = jnp.where(logits < smallest, -jnp.inf, logits)
-    return logits
-
-
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=6)
-def _prefill(model, sampling, max_new_tokens, params, tokens, lengths, cache, rng):
+def prefill(model, sampling, max_new_tokens, params, tokens, lengths, cache, rng):
     """Reads the prompts and takes the first token after them."""
     out = model.apply({"params": params}, tokens, cache=cache, lengths=lengths)
     last = jnp.take_along_axis(out.hidden, lengths[:, None, None] - 1, axis=1)[:, 0]
     logits = model.apply({"params": params}, last, method="unembed")
     batch = len(tokens)
     new = jnp.zeros((batch, max_new_tokens), jnp.int32)
-    state = _State(out.cache, new, jnp.zeros(batch, bool), jnp.zeros((), jnp.int32))
+    state = DecodeState(out.cache, new, jnp.zeros(batch, bool), jnp.zeros((), jnp.int32))
     return _take_token(sampling, logits, state, rng)
 
 
@@ -178,13 +118,13 @@ def _decode(model, sampling, num_steps, params, state, rng):
     return jax.lax.while_loop(lambda state: (state.step < end) & ~state.is_stopped.all(), take_step, state)
 
 
-def _take_token(sampling: Sampling, logits: Float[Array, "B V"], state: _State, rng) -> _State:
+def _take_token(sampling: Sampling, logits: Float[Array, "B V"], state: DecodeState, rng) -> DecodeState:
     """One more token per row, of these logits."""
     token = sampling.take(logits, jax.random.fold_in(rng, state.step))
     token = jnp.where(state.is_stopped, sampling.fill, token)
     new = jax.lax.dynamic_update_slice_in_dim(state.new, token[:, None], state.step, axis=1)
     is_stopped = state.is_stopped | sampling.is_stop(token)
-    return _State(state.cache, new, is_stopped, state.step + 1)
+    return DecodeState(state.cache, new, is_stopped, state.step + 1)
 
 
 def check_prompt(prompt, vocab_size: int, max_new_tokens: int) -> tuple[Int[np.ndarray, "B T"], Int[np.ndarray, "B"]]:

@@ -13,7 +13,8 @@ from interpretability.tiny import VOCAB, tiny
 from path_jax.evaluation.task_accuracy import wilson_interval
 from path_jax.interpretability import run, saturation_layers, top_tokens
 from path_jax.interpretability.hooks import Site
-from path_jax.interpretability.implants import Pairs, find_pairs, implant
+from path_jax.interpretability.implant_trials import Pairs
+from path_jax.interpretability.implants import find_pairs, implant
 from path_jax.models import DecoderLM
 from path_jax.models.stacking import stack_layers
 

@@ -5,9 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from path_jax.interpretability.exit_rules import GapRule
 from path_jax.mixers import MIXERS
 from path_jax.models import DecoderLM, ModelConfig
-from path_jax.models.generate import _decode, _prefill, generate, restrict
+from path_jax.models.generate import _decode, generate, prefill
+from path_jax.models.sampling import restrict
 
 VOCAB = 23
 
@@ -83,9 +85,9 @@ def test_another_key_does_not_compile_again(trained):
     model, params = trained
     sample = lambda seed: generate(model, params, PROMPT, max_new_tokens=4, temperature=0.7, rng=jax.random.key(seed))
     sample(0)
-    sizes = _prefill._cache_size(), _decode._cache_size()
+    sizes = prefill._cache_size(), _decode._cache_size()
     sample(1)
-    assert (_prefill._cache_size(), _decode._cache_size()) == sizes
+    assert (prefill._cache_size(), _decode._cache_size()) == sizes
 
 
 def test_rows_are_filled_after_their_stop_token(trained):
@@ -109,6 +111,18 @@ def test_restrict_keeps_the_likeliest():
     assert kept(top_p=0.75) == [True, True, True, False]
     assert kept(top_p=1.0) == [True] * 4
     assert kept(top_k=3, top_p=0.4) == [True, False, False, False]  # 0.4 / 0.9 of what top-k left
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda logits: restrict(logits, 4, None),
+        lambda logits: GapRule(jnp.zeros(1)).scores(0, logits, None, lambda x: x),
+    ],
+    ids=["top-k sampling", "exit by gap"],
+)
+def test_the_likeliest_tokens_are_not_found_by_sorting_the_vocabulary(function):
+    assert " sort(" not in jax.jit(function).lower(jnp.zeros((1, 4096))).compile().as_text()
 
 
 @pytest.mark.parametrize(
