@@ -11,9 +11,9 @@ import numpy as np
 
 from path_jax.checkpoints.ctranslate2 import HEADS, CTranslate2File
 from path_jax.checkpoints.folders import member, read_json
+from path_jax.checkpoints.name_table import Row, check_layers, check_model, copied, dense, norm, number, read_params
 from path_jax.checkpoints.names import OPS
 from path_jax.checkpoints.shards import TensorFiles
-from path_jax.checkpoints.vit import Row, check_layers, check_model, copied, dense, norm, number, read_params
 from path_jax.models.whisper import WhisperConfig, abstract_params
 
 _EMBEDDING = {"hf": "model.decoder.embed_tokens.weight", "ctranslate2": "decoder/embeddings/weight"}
