@@ -38,7 +38,7 @@ def test_seeds_are_side_by_side(tmp_path):
     recall_results.main([str(tmp_path / "sweep"), "--title=Recall", "--text=Small.", f"--output={page}"])
     text = page.read_text()
     row = "| path | 1e-3 | 1,234 | **0.88** (1.00, 0.75) | **0.50** (0.50, 0.50) | **0.75** (0.50, 1.00) |  |  |  |"
-    assert row in text and "1.0 hours" in text and "Small." in text
+    assert row in text and "accuracy | twice the pairs |" in text and "1.0 hours" in text and "Small." in text
     header, _, parts = text[text.index("| mixer | lr | layer 0") :].splitlines()[:3]
     assert parts.split(" | ")[header.split(" | ").index("layer 0: w, beta")] == "0.75" and "0.12" not in text
     assert page.with_suffix(".png").stat().st_size > 10_000
