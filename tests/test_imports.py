@@ -51,6 +51,7 @@ ALLOWED = {
     "benchmarks.task_results": ["path_jax.evaluation.task_accuracy", "path_jax.report"],
     "benchmarks.recall_results": ["benchmarks", "path_jax.report"],
     "benchmarks.saturation_results": ["path_jax.report"],
+    "benchmarks.exit_results": ["benchmarks", "path_jax.report"],
     "benchmarks.tpu_tune": ["benchmarks", "pallas_kernels"],
     "pallas_kernels.benchmark": [
         "pallas_kernels",
