@@ -133,6 +133,7 @@ def calibrate(
     *,
     target: float = 0.01,
     confidence: float = 0.95,
+    score_cost: float = 0.0,
     seed: int = 0,
 ) -> Float[np.ndarray, "E"]:
     """Thresholds that save the most layers while at most a share `target` of the tokens changes.
@@ -144,10 +145,14 @@ def calibrate(
     how many were tried (fixed sequence testing, as in Schuster et al., 2022). It holds for tokens drawn independently
     from the same source; tokens of a text are not quite.
 
+    Where a score itself costs time, exits that would cost more of it than they save, by the first half, are given up
+    before, one after the other, the worst first.
+
     Args:
       scores: of tokens at exits; agrees: whether their best tokens there are those of full depth.
       depths: layers of each exit, and L.
       target, confidence: see above; seed: of the halves.
+      score_cost: of one score at one exit, in layers; see `score_cost` of exit_rules.
 
     Returns:
       Thresholds; inf for exits that are never taken.
@@ -160,8 +165,6 @@ def calibrate(
         from sklearn.isotonic import IsotonicRegression
     except ImportError as error:
         raise ImportError("calibration needs scikit-learn; run: pip install path-jax[interp]") from error
-    from scipy import stats  # slow to import
-
     scores, agrees, depths = np.asarray(scores, np.float64), np.asarray(agrees, bool), np.asarray(depths)
     if scores.shape != agrees.shape or scores.ndim != 2 or len(depths) != len(scores) + 1:
         raise ValueError(
@@ -169,6 +172,8 @@ def calibrate(
         )
     if not 0 < target < 1 or not 0 < confidence < 1:
         raise ValueError(f"{target=} and {confidence=} must be in (0, 1)")
+    if not score_cost >= 0:
+        raise ValueError(f"{score_cost=} must be at least 0")
     order = np.random.default_rng(seed).permutation(scores.shape[1])
     fitting, choosing = order[: len(order) // 2], order[len(order) // 2 :]
     if len(fitting) < 20:
@@ -177,22 +182,52 @@ def calibrate(
         IsotonicRegression(out_of_bounds="clip").fit(score[fitting], agree[fitting])
         for score, agree in zip(scores, agrees)
     ]
-    scores, num_tokens = scores[:, choosing], len(choosing)
+    probabilities = np.stack([fit.predict(score) for fit, score in zip(fits, scores)])
     # Where the fit is flat, the higher score is the more probable one.
-    order = np.argsort(np.argsort(scores, axis=1, kind="stable"), axis=1)
-    probabilities = np.stack([fit.predict(score) for fit, score in zip(fits, scores)]) + 1e-6 * order / num_tokens
-    agrees = np.concatenate([agrees[:, choosing], np.ones((1, num_tokens), bool)])
-    thresholds = np.full(len(fits), np.inf)
-    limits = np.unique(probabilities)
-    for limit in limits[np.linspace(len(limits) - 1, 0, _MAX_LIMITS).round().astype(int)]:
-        leaves = probabilities >= limit
-        exits = np.where(leaves.any(axis=0), leaves.argmax(axis=0), len(fits))
+    probabilities += 1e-6 * np.argsort(np.argsort(scores, axis=1, kind="stable"), axis=1) / scores.shape[1]
+    half = lambda some: (scores[:, some], probabilities[:, some], agrees[:, some])
+    is_used = np.ones(len(fits), bool)
+    if score_cost:
+        thresholds = _lowest_thresholds(*half(fitting), is_used, target, confidence)
+        is_used = _is_worthwhile(scores[:, fitting], thresholds, depths, score_cost)
+    return _lowest_thresholds(*half(choosing), is_used, target, confidence)
+
+
+def _lowest_thresholds(scores, probabilities, agrees, is_used, target, confidence) -> Float[np.ndarray, "E"]:
+    """Thresholds of the exits in use for the lowest limit that keeps to the target, infinite for the others."""
+    from scipy import stats  # slow to import
+
+    num_exits, num_tokens = scores.shape
+    agrees = np.concatenate([agrees, np.ones((1, num_tokens), bool)])
+    thresholds, limits = np.full(num_exits, np.inf), np.unique(probabilities[is_used])
+    for limit in limits[np.linspace(len(limits) - 1, 0, min(len(limits), _MAX_LIMITS)).round().astype(int)]:
+        leaves = (probabilities >= limit) & is_used[:, None]
+        exits = np.where(leaves.any(axis=0), leaves.argmax(axis=0), num_exits)
         num_wrong = int((~agrees[exits, np.arange(num_tokens)]).sum())
         if num_wrong == num_tokens or stats.beta.ppf(confidence, num_wrong + 1, num_tokens - num_wrong) > target:
             break
         lowest = np.where(leaves, scores, np.inf).min(axis=1)
-        thresholds = np.nextafter(lowest.astype(np.float32), np.float32(-np.inf))
-    return np.where(np.isfinite(thresholds), thresholds, np.inf).astype(np.float64)
+        below = np.nextafter(lowest.astype(np.float32), np.float32(-np.inf))
+        thresholds = np.where(np.isfinite(lowest), below, np.inf).astype(np.float64)
+    return thresholds
+
+
+def _is_worthwhile(scores, thresholds, depths, score_cost: float) -> Bool[np.ndarray, "E"]:
+    """Exits that pay for their scores."""
+
+    def mean_cost(is_used):
+        exits = first_exits(scores, np.where(is_used, thresholds, np.inf))
+        num_scores = np.cumsum([*is_used, 0])[exits]
+        return (depths[exits] + score_cost * num_scores).mean()
+
+    is_used = np.isfinite(thresholds)
+    while is_used.any():
+        fewer = [is_used & (np.arange(len(is_used)) != i) for i in np.flatnonzero(is_used)]
+        best = min(fewer, key=mean_cost)
+        if mean_cost(best) > mean_cost(is_used):
+            break
+        is_used = best
+    return is_used
 
 
 def summarise_exits(trace: ExitTrace, exits: Int[np.ndarray, "n"], exit_layers: Sequence[int], num_layers: int):

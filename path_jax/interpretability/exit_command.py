@@ -26,6 +26,7 @@ from path_jax.interpretability.exit_rules import (
     Rule,
     SimilarityRule,
     save_rule,
+    score_cost,
     settled_rule,
 )
 from path_jax.interpretability.logit_lens import top_tokens
@@ -89,11 +90,14 @@ def _run(args) -> None:
     rules = _fit(model, params, fitting, exit_layers, names, args)
     say("choosing thresholds")
     chosen = trace_exits(model, params, choosing, exit_layers, rules)
-    choose = lambda name, target: calibrate(chosen.scores[name], chosen.agrees, depths, target=target, seed=args.seed)
+    costs = {name: score_cost(rule, text_model.config, params) for name, rule in rules.items()}
+    choose = lambda name, target: calibrate(
+        chosen.scores[name], chosen.agrees, depths, target=target, score_cost=costs[name], seed=args.seed
+    )
     rules = {name: rule.with_thresholds(choose(name, args.target)) for name, rule in rules.items()}
     args.output.mkdir(parents=True, exist_ok=True)
     for name, rule in rules.items():
-        save_rule(args.output / f"{name}.npz", rule, exit_layers)
+        save_rule(args.output / f"{name}.npz", *rule.without_unused(exit_layers))
 
     summaries, targets = {}, {}
     for name, found in heldout.items():
@@ -170,7 +174,9 @@ def _timings(text_model: TextModel, batches, rules, exit_layers, rows: int, args
     model, params, num_layers = DecoderLM(text_model.config), text_model.params, text_model.config.num_layers
     prompts = _prompts(batches, rows)
     ways = {"full depth": None} | {
-        f"{name}, {missing}": dict(rule=rule, missing=missing) for name, rule in rules.items() for missing in MISSING
+        f"{name}, {missing}": (*rule.without_unused(exit_layers), missing)
+        for name, rule in rules.items()
+        for missing in MISSING
     }
     timings, full_rate = [], np.nan
     for name, options in ways.items():
@@ -181,9 +187,10 @@ def _timings(text_model: TextModel, batches, rules, exit_layers, rows: int, args
                 tokens = np.asarray(generate(model, params, prompts, max_new_tokens=args.new_tokens))
                 depth = runs = float(num_layers)
             else:
+                rule, used_layers, missing = options
                 out = generate_with_exits(
-                    model, params, prompts, exit_layers=exit_layers, max_new_tokens=args.new_tokens,
-                    min_margin=args.min_margin, **options,
+                    model, params, prompts, rule=rule, exit_layers=used_layers, max_new_tokens=args.new_tokens,
+                    missing=missing, min_margin=args.min_margin,
                 )  # fmt: skip
                 tokens, depth = out.tokens, float(out.depths[:, 1:].mean())
                 runs = out.num_layer_runs / max(out.num_steps, 1)

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
+from path_jax.models.config import ModelConfig
 from path_jax.models.sampling import largest
 
 
@@ -33,6 +34,11 @@ class _Rule:
     def with_thresholds(self, thresholds: Sequence[float]):
         """The same scores, other thresholds."""
         return self.replace(thresholds=jnp.asarray(thresholds, jnp.float32))
+
+    def without_unused(self, exit_layers: Sequence[int]) -> tuple["Rule", list[int]]:
+        """The rule for the exits with a finite threshold alone, and their layers."""
+        used = np.flatnonzero(np.isfinite(self.thresholds))
+        return jax.tree.map(lambda x: x[used], self), [exit_layers[i] for i in used]
 
 
 @flax.struct.dataclass
@@ -84,6 +90,19 @@ class LinearRule(_Rule):
 
 Rule = GapRule | SimilarityRule | LinearRule
 _KINDS = {"gap": GapRule, "similarity": SimilarityRule, "linear": LinearRule}
+
+
+def score_cost(rule: Rule, config: ModelConfig, params) -> float:
+    """Multiplications of a score over those of a layer: the vocabulary's for a gap; other rules' are few.
+
+    Args:
+      config, params: of the model, unrolled or scanned.
+    """
+    if not isinstance(rule, GapRule):
+        return 0.0
+    layers = {name: x for name, x in params.items() if name.startswith("layers")}
+    layer_size = sum(x.size for x in jax.tree.leaves(layers)) / config.num_layers
+    return config.vocab_size * config.embed_dim / layer_size
 
 
 def settled_rule(streams: Float[Array, "E n D"], agrees: Bool[Array, "E n"], *, strength: float = 1.0) -> LinearRule:

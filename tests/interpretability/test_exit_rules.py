@@ -20,6 +20,7 @@ from path_jax.interpretability.exit_rules import (
     SimilarityRule,
     load_rule,
     save_rule,
+    score_cost,
     settled_rule,
 )
 from path_jax.models import DecoderLM, ModelConfig
@@ -126,11 +127,40 @@ def test_calibrated_thresholds_keep_to_the_target():
     never, always = (calibrate(scores, np.full(scores.shape, x), [1, 3, 4], target=0.01) for x in (False, True))
     assert (first_exits(scores, never) < 2).mean() < 0.01
     assert (first_exits(scores, always) == 0).mean() > 0.99
-    for wrong in (dict(target=0), dict(confidence=1)):
+    for wrong in (dict(target=0), dict(confidence=1), dict(score_cost=-1)):
         with pytest.raises(ValueError):
             calibrate(*some_scores(100), [1, 3, 4], **wrong)
     with pytest.raises(ValueError, match="too few"):
         calibrate(*some_scores(30), [1, 3, 4])
+
+
+def test_exits_that_do_not_pay_for_their_scores_are_given_up():
+    scores, agrees = some_scores(20_000)
+    choose = lambda cost: calibrate(scores, agrees, [1, 3, 4], target=0.05, score_cost=cost)
+    cost = lambda thresholds, each: (
+        np.array([1, 3, 4])[exits := first_exits(scores, thresholds)]
+        + each * np.cumsum([*np.isfinite(thresholds), 0])[exits]
+    ).mean()
+    free, dear = choose(0.0), choose(3.0)
+    assert np.isfinite(free).all() and np.isinf(dear).all()
+    each = 0.3  # the last exit saves one layer at most, and not for all
+    some = choose(each)
+    assert np.isfinite(some).sum() == 1 and cost(some, each) < min(cost(free, each), 4)
+
+
+def test_a_rule_without_its_unused_exits():
+    rule = LinearRule(jnp.array([jnp.inf, 0.5, jnp.inf]), jnp.arange(6.0).reshape(3, 2), jnp.array([1.0, 2.0, 3.0]))
+    small, layers = rule.without_unused([2, 4, 6])
+    assert layers == [4] and small.thresholds.tolist() == [0.5] and small.bias.tolist() == [2.0]
+    np.testing.assert_array_equal(small.weights, [[2.0, 3.0]])
+
+
+def test_cost_of_a_score():
+    config = ModelConfig(vocab_size=64, num_layers=2, embed_dim=16, num_heads=2, mixer="rope")
+    params = jax.eval_shape(DecoderLM(config).init, jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
+    sizes = [x.size for path, x in jax.tree.leaves_with_path(params) if "layers" in str(path[0])]
+    assert score_cost(GapRule(jnp.zeros(1)), config, params) == pytest.approx(64 * 16 / (sum(sizes) / 2))
+    assert score_cost(SimilarityRule(jnp.zeros(1)), config, params) == 0
 
 
 def test_the_confidence_is_kept():

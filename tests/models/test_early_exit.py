@@ -106,8 +106,8 @@ def test_tokens_are_those_of_the_definition(mixer, missing):
 
 @pytest.mark.parametrize("missing", ["recompute", "propagate"])
 def test_without_exits_it_is_generate(rope, missing):
-    run = lambda rule, **options: generate_with_exits(
-        *rope, PROMPTS, rule=rule, exit_layers=EXITS, max_new_tokens=STEPS, missing=missing, **options
+    run = lambda rule, exits=EXITS, **options: generate_with_exits(
+        *rope, PROMPTS, rule=rule, exit_layers=exits, max_new_tokens=STEPS, missing=missing, **options
     )
     full = np.asarray(generate(*rope, PROMPTS, max_new_tokens=STEPS))
     out = run(NEVER)
@@ -115,6 +115,7 @@ def test_without_exits_it_is_generate(rope, missing):
     assert (out.depths == LAYERS).all() and out.num_steps == STEPS - 1
     assert out.num_layer_runs == LAYERS * out.num_steps
     np.testing.assert_array_equal(run(ALWAYS, min_margin=1.0).tokens, full)
+    np.testing.assert_array_equal(run(ALWAYS, exits=[]).tokens, full)
     if missing == "recompute":
         np.testing.assert_array_equal(run(ALWAYS, max_waiting=1).depths[0], [4, 1, 4, 1, 4, 1, 4, 1, 4])
 
