@@ -43,6 +43,7 @@ _LONGER = {
     "long_sentences": "longest sentences",
     "sentences_x2": "sentences twice as long",
 }
+_SETTINGS = {"conv_size": "convolution {}", "steps": "{} steps"}
 _WAYS = {"induction": "value", "direct, layer 1": "key", "direct, layer 0": "query"}
 _PARTS = {
     "k, v": ("mixer.k", "mixer.v"),
@@ -90,8 +91,9 @@ def read_groups(sweep: Path) -> list[_Group]:
             for part, taps in _PARTS.items()
         }
         ways = {way: values("1.resid_pre", token) for way, token in _WAYS.items()}
-        name = found["mixer"] + (f", convolution {found['conv_size']}" if "conv_size" in found else "")
-        groups.append(_Group(name, found.get("lr", ""), members, ways, parts))
+        settings = [text.format(found[key]) for key, text in _SETTINGS.items() if key in found]
+        rate = found.get("lr") or f"{members[0]['config']['optim']['lr']:.0e}".replace("e-0", "e-")
+        groups.append(_Group(", ".join([found["mixer"], *settings]), rate, members, ways, parts))
     return groups
 
 
@@ -106,7 +108,7 @@ def page(groups: Sequence[_Group], title: str, text: str) -> list[str]:
             group.name, group.lr, f"{group.runs[0]['summary']['parameters']:,}",
             _cell([1 - found["in_distribution/error"] for found in results]),
             *([_cell([1 - found[f"{longer}/error"] for found in results])] if longer else []),
-            *(_cell(values) for values in group.ways.values()), reported.get(group.name, ""),
+            *(_cell(values) for values in group.ways.values()), reported.get(group.name.partition(",")[0], ""),
         ])  # fmt: skip
     runs = [run for group in groups for run in group.runs]
     hours = sum(run["summary"]["seconds"] for run in runs) / 3600
