@@ -3,6 +3,7 @@
 import time
 from collections.abc import Mapping, Sequence
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
@@ -84,6 +85,7 @@ def _run(args) -> None:
         raise ValueError(
             f"{home} has too little text: {len(batches)} batches of {args.batch_size} windows, 3 are needed"
         )
+    batches = _shuffled(batches, args.seed)
     fitting, choosing, heldout[home] = batches[:third], batches[third : 2 * third], batches[2 * third :]
 
     say("fitting rules")
@@ -135,6 +137,13 @@ def _exit_layers(text: str | None, num_layers: int) -> list[int]:
             raise ValueError(f"--exit-layers={text} must be numbers, as in 12,16,20") from error
     step = max(1, num_layers // 10)
     return list(range(num_layers - 1 - step, num_layers // 2 - 2, -step))[::-1]
+
+
+def _shuffled(batches: Sequence[Batch], seed: int) -> list[Batch]:
+    """The same windows in random order: thresholds keep to the target on text like that which they were chosen by."""
+    rows = jax.tree.map(lambda *x: np.concatenate(x), *batches)
+    order = np.random.default_rng(seed).permutation(len(rows.tokens))
+    return [jax.tree.map(lambda x: x[some], rows) for some in np.split(order, len(batches))]
 
 
 def _fit(model, params, batches: Sequence[Batch], exit_layers, names, args) -> dict[str, Rule]:
