@@ -120,6 +120,9 @@ def run(args: argparse.Namespace, write: Callable[[str], object]) -> None:
 def _generate_early(config, params, prompts, args: argparse.Namespace, options):
     """The tokens; says on stderr how deep they were."""
     rule, exit_layers = load_rule(args.exit_rule)
+    if not exit_layers:
+        print(f"{args.exit_rule} has no exit that pays: all layers for all tokens", file=sys.stderr)
+        return generate(DecoderLM(config), params, prompts, **options)
     monitor = ExitMonitor(args.exit_limit, seed=args.seed)
     out = generate_with_exits(
         DecoderLM(config), params, prompts, rule=rule, exit_layers=exit_layers, monitor=monitor, **options

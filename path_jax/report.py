@@ -231,7 +231,8 @@ def _draw_heat_map(axes, figure: HeatMap) -> None:
         middle = sum(image.get_clim()) / 2 if np.isfinite(values).any() else 0
         for (row, column), value in np.ndenumerate(values):
             color = "white" if value <= middle else "black"  # the map runs from dark to light
-            axes.text(column, row, f"{value:.3g}", ha="center", va="center", color=color, fontsize="small")
+            text = f"{value:.2f}" if figure.value_range else f"{value:.3g}"  # shares next to zero are zero
+            axes.text(column, row, text, ha="center", va="center", color=color, fontsize="small")
 
 
 def _numbers(figure: Figure) -> tuple[tuple[str, ...], list[tuple]]:

@@ -45,6 +45,21 @@ def test_tokens_leave_early(run_directory, capsys, tmp_path):
     assert "of 2 layers a token" in err and float(err.split()[0]) < 2
     main([*always, "--prompt", "end."])
     assert capsys.readouterr().out == "end.\n"
+    save_rule(tmp_path / "none.npz", LinearRule(jnp.zeros(0), jnp.zeros((0, 8)), jnp.zeros(0)), [])
+    main(
+        [
+            "--checkpoint",
+            run_directory,
+            "--prompt",
+            "ban",
+            "--max-new-tokens",
+            "5",
+            "--exit-rule",
+            str(tmp_path / "none.npz"),
+        ]
+    )
+    out, err = capsys.readouterr()
+    assert out == "bananana\n" and "no exit that pays" in err
 
 
 def test_ends_with_the_text(run_directory, capsys):

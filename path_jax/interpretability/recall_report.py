@@ -190,7 +190,8 @@ def _curves(analysed) -> list[report.Curve]:
     figures = {"Accuracy over training": mean("accuracy")}
     if all(map(_has_two_layers, (x for history in histories.values() for x in history.values()))):
         figures |= {f"{label.capitalize()} over training": way(name) for name, label in _WAYS.items()}
+    # Attribution is beyond 0 ... 1 where a patch does more than the clean document.
     return [
-        report.Curve(title, "step", "share", over_training(measure), y_range=(0, 1))
-        for title, measure in figures.items()
+        report.Curve(title, "step", "share", over_training(measure), y_range=(-0.25, 1.25) if i else (0, 1))
+        for i, (title, measure) in enumerate(figures.items())
     ]
