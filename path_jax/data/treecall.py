@@ -13,6 +13,7 @@ from path_jax.data.query_document import FIRST_ITEM, Documents, QueryTask, one_o
 
 QUERIES = "parent", "child", "sibling"
 MAX_SENTENCE = 1024
+_WIDTHS = 8, 16, 32  # of sentences whose questions are drawn together
 _LONG_SHARE = 0.05  # of the sentences, for variants with long ones; fewer would take more than 20 tries each
 
 
@@ -132,9 +133,15 @@ class Treecall(QueryTask):
             chance = draws.uniform(3)
             terminals, parents, size = self.grammar.sentences(draws, self._max_sentence)
             text = np.where(terminals >= 0, FIRST_ITEM + terminals, -1)
-            kind, key, value, is_asked = self._questions(text, parents, chance)
             fits = (size >= self.min_sentence) & (size <= self._max_sentence)
-            return fits & is_asked, text, parents, size, first_kind + kind, key, value
+            kind, key, value = np.zeros((3, len(text)), np.int64)
+            # Sentences of like size together: most of the width is for the few long ones.
+            for group in range(len(_WIDTHS) + 1):
+                some = np.flatnonzero(fits & (np.searchsorted(_WIDTHS, size) == group))
+                cut = slice(_WIDTHS[group] if group < len(_WIDTHS) else None)
+                found = self._questions(text[some, cut], parents[some, cut], chance[some])
+                kind[some], key[some], value[some], fits[some] = found
+            return fits, text, parents, size, first_kind + kind, key, value
 
         text, parents, size, kind, key, value = self.first_accepted(sample, seed, index)
         distance = np.maximum(abs(key - value), 1)
