@@ -7,10 +7,9 @@
 Takes directories that the command wrote, named, and writes the Markdown file and all numbers beside it (CSV).
 """
 
-import sys
 from collections.abc import Mapping, Sequence
 
-from benchmarks.saturation_results import made_by, parse_arguments, read_rows
+from benchmarks.pages import heading, missing_files_are_named, parse_arguments, read_rows
 from path_jax.report import markdown_table, write_csv
 
 _HELDOUT = {
@@ -64,11 +63,7 @@ def page(found: Numbers, title: str, text: str) -> list[str]:
         if (target := name.removeprefix("disagreement_at_target_")) != name
     ]
     return [
-        f"# {title}",
-        "",
-        made_by("exit_results"),
-        "",
-        *([text, ""] if text else []),
+        *heading(title, text, "exit_results"),
         "Tokens that no rule was fitted to and no threshold chosen by; disagreement: the likeliest next token is not "
         "that of full depth, with the end of an exact 95 % interval. accuracy: it is the text's. oracle: leaves as "
         "soon as no exit behind changes the token, which nothing can know.",
@@ -95,12 +90,9 @@ def page(found: Numbers, title: str, text: str) -> list[str]:
 
 def main(argv=None) -> None:
     """Command line."""
-    args = parse_arguments(argv, __doc__)
-    try:
+    args = parse_arguments(argv, __doc__, "analyses", nargs="+", metavar="NAME=DIR", help="what the command wrote")
+    with missing_files_are_named():
         found = read_numbers(args.analyses)
-    except FileNotFoundError as error:
-        print(error, file=sys.stderr)
-        sys.exit(1)
     table = args.output.with_suffix(".csv")
     rows = [(*key, name, value) for key, numbers in found.items() for name, value in numbers.items()]
     write_csv(table, ("model", "text", "rule", "quantity", "value"), rows, digits=6)

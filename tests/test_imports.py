@@ -48,9 +48,9 @@ ALLOWED = {
     "benchmarks.gpu_tune": ["benchmarks", "pallas_kernels"],
     "benchmarks.gpu_jax": ["benchmarks", "pallas_kernels", "path_jax", "configs"],
     "benchmarks.gpu_table": ["benchmarks", "path_jax.report"],
-    "benchmarks.task_results": ["path_jax.evaluation.task_accuracy", "path_jax.report"],
+    "benchmarks.task_results": ["benchmarks", "path_jax.evaluation.task_accuracy", "path_jax.report"],
     "benchmarks.recall_results": ["benchmarks", "path_jax.report"],
-    "benchmarks.saturation_results": ["path_jax.report"],
+    "benchmarks.saturation_results": ["benchmarks", "path_jax.report"],
     "benchmarks.exit_results": ["benchmarks", "path_jax.report"],
     "benchmarks.tpu_tune": ["benchmarks", "pallas_kernels"],
     "pallas_kernels.benchmark": [

@@ -136,8 +136,9 @@ class Treecall(QueryTask):
             fits = (size >= self.min_sentence) & (size <= self._max_sentence)
             kind, key, value = np.zeros((3, len(text)), np.int64)
             # Sentences of like size together: most of the width is for the few long ones.
+            groups = np.where(fits, np.searchsorted(_WIDTHS, size), -1)
             for group in range(len(_WIDTHS) + 1):
-                some = np.flatnonzero(fits & (np.searchsorted(_WIDTHS, size) == group))
+                some = np.flatnonzero(groups == group)
                 cut = slice(_WIDTHS[group] if group < len(_WIDTHS) else None)
                 found = self._questions(text[some, cut], parents[some, cut], chance[some])
                 kind[some], key[some], value[some], fits[some] = found
