@@ -237,6 +237,44 @@ def householder_transform(
     return block_transform(group_heads(tiles(q), k.shape[2]), tiles(k), tiles(w), tiles(beta))
 
 
+class SpanFrames(NamedTuple):
+    """A stretch of a sequence as the tokens behind it and before it see it."""
+
+    query: Float[Array, "B T N H"]  # q_i H_i ... H_first: queries in the frame of the stretch's start
+    key: Float[Array, "B T K H"]  # k_j (H_last ... H_{j+1})^T: keys in the frame of its end
+    transition: Float[Array, "B K H H"]  # H_last ... H_first, float32
+
+
+def span_frames(
+    q: Float[Array, "B T N H"], k: Float[Array, "B T K H"], w: Float[Array, "B T K H"], beta: Float[Array, "B T K"]
+) -> SpanFrames:
+    """The linear stage carried to the ends of the whole sequence, for attention across the borders of shards.
+
+    A key of an earlier stretch b and a query of a later one c meet in `query_c P_{c-1} ... P_{b+1} key_b^T`, P being
+    the transitions of the stretches between. Neighbours are joined level by level, T H^2 products each.
+
+    Returns:
+      SpanFrames; queries and keys are rounded to their own dtypes once, at the end.
+    """
+    blocks = householder_transform(q, k, w, beta)
+    query, key, transition = blocks.query, blocks.key, blocks.transition
+    while len(transition) > 1:
+        if len(transition) % 2:  # a block of padding behind the last one, which moves nothing
+            pad = lambda x: jnp.pad(x, [(0, 1)] + [(0, 0)] * (x.ndim - 1))
+            identity = jnp.broadcast_to(jnp.eye(q.shape[-1], dtype=transition.dtype), transition[:1].shape)
+            query, key, transition = pad(query), pad(key), jnp.concatenate([transition, identity])
+        left, right = transition[0::2], transition[1::2]
+        later = _einsum("nbkgih,nbkhj->nbkgij", query[1::2], left)
+        earlier = _einsum("nbkih,nbkjh->nbkij", key[0::2], right)
+        query = jnp.concatenate([query[0::2], later], axis=-2)
+        key = jnp.concatenate([earlier, key[1::2]], axis=-2)
+        transition = _einsum("nbkij,nbkjh->nbkih", right, left)
+    query = query.reshape(1, q.shape[0], q.shape[2], *query.shape[-2:])
+    return SpanFrames(
+        from_tiles(query, q.shape[1]).astype(q.dtype), from_tiles(key, k.shape[1]).astype(k.dtype), transition[0]
+    )
+
+
 def to_tiles(x: Shaped[Array, "B T N *H"], size: int) -> Shaped[Array, "tiles B N C *H"]:
     """Cuts the length axis into tiles of `size` tokens, zero-padded at the end, with tile and head axes in front."""
     padding = -x.shape[1] % size

@@ -1,5 +1,6 @@
 """Where arrays live: parameters and optimizer state by a table of path patterns, activations by logical axes."""
 
+import math
 import re
 
 import jax
@@ -14,7 +15,7 @@ _PARAMETER_RULES = (
     (r"conv/kernel$", (None, "tensor")),
     (r"/kernel$", ("fsdp", "tensor")),
 )
-_ACTIVATION_AXES = {"batch": ("data", "fsdp"), "length": "sequence", "heads": "tensor", "mlp": "tensor", "embed": None}
+_ACTIVATION_AXES = {"batch": ("data", "fsdp"), "length": ("sequence",), "heads": ("tensor",), "mlp": ("tensor",)}
 
 
 def path_name(path) -> str:
@@ -40,8 +41,17 @@ def tree_shardings(tree, mesh: jax.sharding.Mesh):
 
 
 def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
-    """Rows of a batch over the data axes."""
-    return NamedSharding(mesh, P(_ACTIVATION_AXES["batch"]))
+    """Of [B, T]: rows over the data axes, tokens over the sequence axis."""
+    return NamedSharding(mesh, P(_ACTIVATION_AXES["batch"], _ACTIVATION_AXES["length"]))
+
+
+def dividing_axes(mesh, axis: str | None, size: int) -> tuple[str, ...] | None:
+    """Mesh axes that a logical axis ("batch", "length", "heads", "mlp") of this size is cut over, None for no cut.
+
+    An axis that its mesh axes do not divide stays whole, and so does one that they do not belong to.
+    """
+    axes = tuple(name for name in _ACTIVATION_AXES.get(axis, ()) if name in mesh.shape)
+    return axes if axes and size % math.prod(mesh.shape[name] for name in axes) == 0 else None
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
@@ -49,4 +59,4 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return x
-    return jax.lax.with_sharding_constraint(x, P(*(_ACTIVATION_AXES.get(axis) for axis in axes)))
+    return jax.lax.with_sharding_constraint(x, P(*(dividing_axes(mesh, axis, n) for axis, n in zip(axes, x.shape))))

@@ -67,9 +67,12 @@ def _sum_over_chunks(sums, arrays, chunk_size):
     if not chunk_size or chunk_size >= length:
         return sums(*arrays)
 
+    num_chunks = -(-length // chunk_size)
+
     def chunks(x):
-        x = jnp.pad(x, [(0, 0), (0, -length % chunk_size)] + [(0, 0)] * (x.ndim - 2))
-        return jnp.moveaxis(x.reshape(x.shape[0], -1, chunk_size, *x.shape[2:]), 1, 0)
+        # Token t goes to chunk t % num_chunks, so that every chunk spans all shards of the sequence.
+        x = jnp.pad(x, [(0, 0), (0, -length % num_chunks)] + [(0, 0)] * (x.ndim - 2))
+        return jnp.moveaxis(x.reshape(x.shape[0], -1, num_chunks, *x.shape[2:]), 2, 0)
 
     cut = tuple(chunks(x) for x in arrays)
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(sums, *(x[0] for x in cut)))

@@ -1,0 +1,434 @@
+"""PaTH, PaTH-FoX and FoX attention over sequences that are sharded along their length.
+
+Call it inside `jax.shard_map`; `parallel.attention` does. With R shards a sequence is cut into 2 R chunks. Shard r has
+chunks 2 r and 2 r + 1 and takes over chunks r and 2 R - 1 - r (zig-zag), so that all shards have the same work under
+the causal mask; the result goes back the same way. Then
+
+1.  each chunk attends to itself, by the kernels of `pallas_kernels`, and is carried to its borders (`span_frames`);
+2.  transitions P (H x H) and sums of log gates of all chunks are gathered. A query of chunk c meets a key of an
+    earlier chunk b as `query_c Pi_cb key_b^T`, `Pi_cb = P_{c-1} ... P_{b+1}`, so chunks may arrive in any order;
+3.  keys, values and what goes with them move around the ring. At each of R - 1 hops a shard multiplies two pairs of
+    chunks: its later chunk with the arriving earlier one, and the earlier two or the later two, whichever are in order.
+    Partial results are merged by their log-sum-exp.
+
+The backward pass goes around once more, with the gradients of keys and values travelling behind their chunks, and keeps
+nothing of the size of the whole sequence. Besides keys and values in collective-permutes, a device receives R K H^2
+numbers of P, twice.
+
+Logits, statistics and sums are float32 (float64 for float64 inputs); queries and keys are rounded to their own dtype.
+"""
+
+import dataclasses
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels import forgetting_attention, path_attention
+from pallas_kernels.householder import span_frames
+
+_MASKED, _INITIAL_MAX = -2e30, -1e30  # masked logits lie below the first maximum: their exponentials are 0
+_TILES = (512, 256, 128, 64)  # keys at a time, while the logits of all queries of a chunk are there
+
+_einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Settings:
+    """What is static."""
+
+    axis_name: str
+    num_shards: int
+    scale: float
+    window: int | None
+    tile_size: int
+
+
+class _Chunks(NamedTuple):
+    """What moves around the ring: the two chunks of a shard, earlier one first."""
+
+    key: Float[Array, "2 B K L H"]  # in the frame of the chunk's end
+    value: Float[Array, "2 B K L Hv"]
+    decay: Float[Array, "2 B K G L"] | None  # gate between the key and the chunk's end
+    segment_ids: Int[Array, "2 B L"] | None
+
+
+class _Operands(NamedTuple):
+    """Inputs of the stage between chunks."""
+
+    query: Float[Array, "2 B K G L H"]  # in the frame of the chunk's start
+    chunks: _Chunks
+    decay: Float[Array, "2 B K G L"] | None  # gate between the chunk's start and the query
+    path: Float[Array, "R 2 B K H H"] | None  # Pi of the two pairs of each hop
+    between: Float[Array, "R 2 B K G"] | None  # gate of the chunks between the two of a pair
+    out: Float[Array, "2 B K G L Hv"]  # of each chunk's attention to itself
+    lse: Float[Array, "2 B K G L"]
+
+
+def ring_attention(
+    q: Float[Array, "B t N H"],
+    k: Float[Array, "B t K H"],
+    v: Float[Array, "B t K Hv"],
+    w: Float[Array, "B t K H"] | None = None,
+    beta: Float[Array, "B t K"] | None = None,
+    log_forget: Float[Array, "B t N"] | None = None,
+    *,
+    axis_name: str,
+    scale: float | None = None,
+    gate_scale: float = 1.0,
+    window: int | None = None,
+    prune: float | str | None = None,
+    segment_ids: Int[Array, "B t"] | None = None,
+    implementation: str | None = None,
+) -> Float[Array, "B t N Hv"]:
+    """This shard's part of `path_attention`, or of `forgetting_attention` without w and beta.
+
+    Args:
+      q, k, v, w, beta, log_forget, segment_ids: this shard's T / R consecutive tokens.
+      axis_name: mesh axis of R >= 2 devices that the length is sharded over.
+      scale, gate_scale, prune, implementation: see `pallas_kernels.path_attention`; the last two matter inside chunks.
+      window: see `pallas_kernels.forgetting_attention`.
+
+    Raises:
+      ValueError: if t does not halve, or half of it is more than 512 and no multiple of 64.
+
+    Source: the ring is that of Liu et al., "Ring Attention with Blockwise Transformers"; transitions that travel with
+    it are ours.
+    """
+    num_shards = jax.lax.axis_size(axis_name)
+    length = q.shape[1] // 2
+    tile_size = length if length <= _TILES[0] else next((size for size in _TILES if length % size == 0), 0)
+    if q.shape[1] % 2 or not tile_size:
+        raise ValueError(
+            f"{q.shape[1] * num_shards} tokens on {num_shards} sequence shards are {2 * num_shards} chunks of "
+            f"{q.shape[1] / 2:g}; a chunk must have at most {_TILES[0]} tokens or a multiple of {_TILES[-1]}"
+        )
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    settings = _Settings(axis_name, num_shards, scale, window, tile_size)
+    # Chunks become rows of a batch [2 B, L, ...] for all that happens inside of them.
+    q, k, v, w, beta, log_forget, segment_ids = jax.tree.map(
+        lambda x: _to_zigzag(settings, x).reshape(-1, length, *x.shape[2:]),
+        (q, k, v, w, beta, log_forget, segment_ids),
+    )
+    options = dict(
+        scale=scale, gate_scale=gate_scale, prune=prune, segment_ids=segment_ids, implementation=implementation,
+        return_lse=True,
+    )  # fmt: skip
+    heads = functools.partial(_to_heads, num_kv_heads=k.shape[2])
+    path = None
+    if w is None:
+        out, lse = forgetting_attention(q, k, v, log_forget, window=window, **options)
+    else:
+        out, lse = path_attention(q, k, v, w, beta, log_forget, **options)
+        q, k, transitions = jax.checkpoint(span_frames)(q, k, w, beta)
+        path = _paths_of_pairs(settings, _gather(settings, transitions.reshape(2, -1, *transitions.shape[1:])))
+    decay = key_decay = between = None
+    if log_forget is not None:
+        decay, key_decay, between = _gates(settings, heads(gate_scale * log_forget.astype(lse.dtype)))
+    ids = None if segment_ids is None else segment_ids.reshape(2, -1, length)
+    chunks = _Chunks(heads(k)[:, :, :, 0], heads(v)[:, :, :, 0], key_decay, ids)
+    own_out, own_lse = heads(out).astype(lse.dtype), heads(lse.swapaxes(1, 2))
+    out = _across(settings, _Operands(heads(q), chunks, decay, path, between, own_out, own_lse))
+    out = jnp.moveaxis(out.astype(v.dtype), 4, 2)  # [2, B, L, K, G, Hv]
+    return _from_zigzag(settings, out.reshape(*out.shape[:3], -1, out.shape[-1]))
+
+
+def _to_heads(x: Float[Array, "2B L N *H"], num_kv_heads: int) -> Float[Array, "2 B K G L *H"]:
+    x = x.reshape(2, -1, x.shape[1], num_kv_heads, x.shape[2] // num_kv_heads, *x.shape[3:])
+    return jnp.moveaxis(x, 2, 4)
+
+
+def _routes(settings):
+    """(from, to) of the shards' first and second chunks on their way to the zig-zag layout."""
+    num = settings.num_shards
+    to = [min(chunk, 2 * num - 1 - chunk) for chunk in range(2 * num)]
+    return tuple([(shard, to[2 * shard + half]) for shard in range(num)] for half in (0, 1))
+
+
+def _swap_if_odd(settings, first, second):
+    """Chunks with even numbers are the earlier ones of even shards and the later ones of odd shards."""
+    is_odd = jax.lax.axis_index(settings.axis_name) % 2 == 1
+    return jnp.where(is_odd, second, first), jnp.where(is_odd, first, second)
+
+
+def _to_zigzag(settings, x):
+    """[B, t, ...] of consecutive tokens -> [2, B, t / 2, ...], chunks r and 2 R - 1 - r."""
+    halves = jnp.split(x, 2, axis=1)
+    arrived = [jax.lax.ppermute(half, settings.axis_name, route) for half, route in zip(halves, _routes(settings))]
+    return jnp.stack(_swap_if_odd(settings, *arrived))
+
+
+def _from_zigzag(settings, x):
+    """Inverse of `_to_zigzag`."""
+    halves = zip(_swap_if_odd(settings, x[0], x[1]), _routes(settings))
+    back = [jax.lax.ppermute(half, settings.axis_name, [(b, a) for a, b in route]) for half, route in halves]
+    return jnp.concatenate(back, axis=1)
+
+
+def _gather(settings, x):
+    """[2, ...] of each shard's chunks -> [2 R, ...] in the order of the sequence."""
+    earlier, later = (jax.lax.all_gather(half, settings.axis_name) for half in x)
+    return jnp.concatenate([earlier, later[::-1]])
+
+
+def _arriving(settings):
+    """For all hops at once: the shard whose chunks are here, and whether it comes before this one."""
+    shard = jax.lax.axis_index(settings.axis_name)
+    source = (shard - jnp.arange(settings.num_shards)) % settings.num_shards
+    return source, source < shard
+
+
+def _of_pairs(settings, earlier, later):
+    """Picks from tables over key chunks, of this shard's chunks, what the two pairs of each hop need: [R, 2, ...]."""
+    source, is_before = _arriving(settings)
+    is_before = is_before.reshape(-1, *[1] * (later.ndim - 1))
+    second = jnp.where(is_before, earlier[source], later[2 * settings.num_shards - 1 - source])
+    return jnp.stack([later[source], second], axis=1)
+
+
+def _paths_of_pairs(settings, transitions: Float[Array, "2R B K H H"]) -> Float[Array, "R 2 B K H H"]:
+    """Pi of the pairs of each hop."""
+    num, shard = settings.num_shards, jax.lax.axis_index(settings.axis_name)
+    identity = jnp.broadcast_to(jnp.eye(transitions.shape[-1], dtype=transitions.dtype), transitions.shape[1:])
+
+    def paths(chunk, num_chunks):
+        def extend(path, item):
+            index, transition = item
+            longer = _einsum("bkij,bkjh->bkih", path, transition)
+            return jnp.where(index < chunk, longer, path), path
+
+        items = (jnp.arange(num_chunks), transitions[:num_chunks])
+        return jax.lax.scan(extend, identity, items, reverse=True)[1]
+
+    return _of_pairs(settings, paths(shard, num), paths(2 * num - 1 - shard, 2 * num))
+
+
+def _gates(settings, gates: Float[Array, "2 B K G L"]):
+    """Sums of log gates from the chunk's start to queries, from keys to its end, and over the chunks of `between`."""
+    num, shard = settings.num_shards, jax.lax.axis_index(settings.axis_name)
+    axis = gates.ndim - 1
+    behind = jnp.pad(gates[..., 1:], [(0, 0)] * axis + [(0, 1)])
+    totals = _gather(settings, gates.sum(-1))
+    index = jnp.arange(2 * num)
+
+    def between(chunk):
+        is_between = (index > index[:, None]) & (index < chunk)  # [key chunk, chunk]
+        return jnp.where(is_between[..., None, None, None], totals, 0).sum(1)
+
+    pairs = _of_pairs(settings, between(shard), between(2 * num - 1 - shard))
+    return jnp.cumsum(gates, axis), jax.lax.cumsum(behind, axis, reverse=True), pairs
+
+
+class _Pair(NamedTuple):
+    """A chunk of queries before a whole earlier chunk of keys."""
+
+    query_index: Int[Array, ""]  # 0 or 1
+    key_index: Int[Array, ""]
+    distance: Int[Array, ""]  # in chunks
+    query: Float[Array, "B K G L H"]  # in the frame of the key chunk's end
+    chunk: _Chunks  # without its first axis
+    decay: Float[Array, "B K G L"] | None  # gate between the key chunk's end and the query
+    segment_ids: Int[Array, "B L"] | None  # of the queries
+
+
+def _pairs(settings, operands, chunks, hop):
+    """The pairs of a hop; the first has the number 0."""
+    num, shard = settings.num_shards, jax.lax.axis_index(settings.axis_name)
+    source = (shard - hop) % num
+    index = jnp.where(source < shard, 0, 1)
+    indices = [(1, 0, 2 * num - 1 - shard - source), (index, index, jnp.abs(shard - source))]
+    take = lambda tree, i: jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), tree)
+    for number, (query_index, key_index, distance) in enumerate(indices[: 1 if _is_first(hop) else 2]):
+        query, decay, ids = take((operands.query, operands.decay, operands.chunks.segment_ids), query_index)
+        if operands.path is not None:
+            moved = _einsum("bkgqh,bkhj->bkgqj", query.astype(operands.path.dtype), operands.path[hop, number])
+            query = moved.astype(query.dtype)
+        if decay is not None:
+            decay += operands.between[hop, number, ..., None]
+        yield _Pair(query_index, key_index, distance, query, take(chunks, key_index), decay, ids)
+
+
+def _is_first(hop):
+    """Whether the chunks are still at home, where the second pair would be a chunk and itself."""
+    return isinstance(hop, int) and hop == 0
+
+
+def _is_needed(settings, pair):
+    """Whether any query of a pair sees any key; None if every one does."""
+    needed = None
+    if settings.window is not None:
+        length = pair.query.shape[3]
+        needed = (pair.distance - 1) * length + 1 < settings.window
+    if pair.segment_ids is not None:
+        ids, queries = pair.chunk.segment_ids, pair.segment_ids
+        largest = jnp.iinfo(ids.dtype).max
+        overlap = (ids.max(1) >= jnp.where(queries > 0, queries, largest).min(1)) & (ids.max(1) > 0)
+        needed = overlap.any() if needed is None else needed & overlap.any()
+    return needed
+
+
+def _logits(settings, pair, start, dtype):
+    """Masked logits [B, K, G, L, C] of the keys from `start` on, with those keys and values."""
+    cut = lambda x, axis: jax.lax.dynamic_slice_in_dim(x, start, settings.tile_size, axis)
+    key, value = cut(pair.chunk.key, 2), cut(pair.chunk.value, 2)
+    logits = settings.scale * jnp.einsum("bkgqh,bkch->bkgqc", pair.query, key, preferred_element_type=dtype)
+    if pair.decay is not None:
+        logits += pair.decay[..., None] + cut(pair.chunk.decay, 3)[..., None, :]
+    length = pair.query.shape[3]
+    if settings.window is not None:
+        keys = start + jnp.arange(settings.tile_size)
+        distance = pair.distance * length + jnp.arange(length)[:, None] - keys
+        logits = jnp.where(distance < settings.window, logits, _MASKED)
+    if pair.segment_ids is not None:
+        ids = cut(pair.chunk.segment_ids, 1)[:, None, :]
+        same = (pair.segment_ids[..., None] == ids) & (ids > 0)
+        logits = jnp.where(same[:, None, None], logits, _MASKED)
+    return logits, key, value
+
+
+def _around(settings, chunks, carry, visit):
+    """Takes `carry, new = visit(carry, chunks, hop)` around the ring; `new` is added up behind the chunks it is of.
+
+    The next chunks are sent before the present ones are used, so that the transfer has all of a hop's time.
+
+    Returns:
+      carry, and the sums of `new`, at home.
+    """
+    num = settings.num_shards
+    send = functools.partial(
+        jax.lax.ppermute, axis_name=settings.axis_name, perm=[(shard, (shard + 1) % num) for shard in range(num)]
+    )
+    send = functools.partial(jax.tree.map, send)
+
+    def hop(state, number, is_last=False):
+        carry, chunks, gradients = state
+        following, arrived = chunks if is_last else send(chunks), send(gradients)
+        carry, new = visit(carry, chunks, number)
+        return (carry, following, jax.tree.map(jnp.add, arrived, new)), None
+
+    following = send(chunks)
+    carry, gradients = visit(carry, chunks, 0)
+    state, _ = jax.lax.scan(hop, (carry, following, gradients), jnp.arange(1, num - 1))
+    (carry, _, gradients), _ = hop(state, num - 1, is_last=True)
+    return carry, send(gradients)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _across(settings: _Settings, operands: _Operands) -> Float[Array, "2 B K G L Hv"]:
+    """Each chunk's attention to itself, completed by that to all chunks before it."""
+    return _forward(settings, operands)[0]
+
+
+def _forward(settings, operands):
+    dtype = operands.lse.dtype
+    is_empty = jnp.isneginf(operands.lse)
+    state = (jnp.where(is_empty, _INITIAL_MAX, operands.lse), jnp.where(is_empty, 0, jnp.ones((), dtype)), operands.out)
+
+    def add(pair, slices):
+        def step(slices, start):
+            maximum, normaliser, out = slices
+            logits, _, value = _logits(settings, pair, start, dtype)
+            new_maximum = jnp.maximum(maximum, logits.max(-1))
+            weights, decay = jnp.exp(logits - new_maximum[..., None]), jnp.exp(maximum - new_maximum)
+            partial = jnp.einsum("bkgqc,bkcv->bkgqv", weights.astype(value.dtype), value, preferred_element_type=dtype)
+            return (new_maximum, normaliser * decay + weights.sum(-1), out * decay[..., None] + partial), None
+
+        return jax.lax.scan(step, slices, _starts(settings, pair))[0]
+
+    def visit(state, chunks, hop):
+        for pair in _pairs(settings, operands, chunks, hop):
+            slices = tuple(x[pair.query_index] for x in state)
+            needed = _is_needed(settings, pair)
+            add_pair = functools.partial(add, pair)
+            slices = add_pair(slices) if needed is None else jax.lax.cond(needed, add_pair, lambda s: s, slices)
+            state = tuple(x.at[pair.query_index].set(new) for x, new in zip(state, slices))
+        return state, ()
+
+    (maximum, normaliser, out), _ = _around(settings, operands.chunks, state, visit)
+    is_empty = normaliser == 0
+    normaliser = jnp.where(is_empty, 1, normaliser)
+    return out / normaliser[..., None], jnp.where(is_empty, -jnp.inf, maximum + jnp.log(normaliser))
+
+
+def _starts(settings, pair):
+    return jnp.arange(0, pair.query.shape[3], settings.tile_size)
+
+
+def _across_fwd(settings, operands):
+    out, lse = _forward(settings, operands)
+    return out, (operands, out, lse)
+
+
+def _across_bwd(settings, residuals, dout):
+    """With `Delta_i = sum(dout_i * out_i)`, p = exp(s - lse) and ds = p * (dout v^T - Delta), as for one device."""
+    operands, out, lse = residuals
+    dtype = lse.dtype
+    lse = jnp.where(jnp.isneginf(lse), -_INITIAL_MAX, lse)  # +1e30: every weight of an empty row becomes 0
+    delta = (dout * out).sum(-1)
+    own_weight = jnp.exp(operands.lse - lse)
+    down_lse = own_weight * ((dout * operands.out).sum(-1) - delta)
+    rounded = dout.astype(operands.chunks.value.dtype)
+    zeros = functools.partial(jax.tree.map, lambda x: jnp.zeros(x.shape, dtype))
+    einsum = functools.partial(jnp.einsum, preferred_element_type=dtype)
+
+    def gradients(pair):
+        """Cotangents of a pair's queries, rows of logits, keys, values and columns of logits."""
+        rows = tuple(jax.lax.dynamic_index_in_dim(x, pair.query_index, keepdims=False) for x in (lse, delta, rounded))
+
+        def step(sums, start):
+            row_lse, row_delta, row_dout = rows
+            dquery, row_sums = sums
+            logits, key, value = _logits(settings, pair, start, dtype)
+            weights = jnp.exp(logits - row_lse[..., None])
+            dvalue = einsum("bkgqc,bkgqv->bkcv", weights.astype(value.dtype), row_dout)
+            dlogits = weights * (einsum("bkgqv,bkcv->bkgqc", row_dout, value) - row_delta[..., None])
+            scaled = (settings.scale * dlogits).astype(key.dtype)
+            dquery += einsum("bkgqc,bkch->bkgqh", scaled, key)
+            dkey = einsum("bkgqc,bkgqh->bkch", scaled, pair.query)
+            return (dquery, row_sums + dlogits.sum(-1)), (dkey, dvalue, dlogits.sum(-2))
+
+        sums = zeros((pair.query, rows[0]))
+        (dquery, row_sums), (dkey, dvalue, column_sums) = jax.lax.scan(step, sums, _starts(settings, pair))
+        join = lambda x, axis: jnp.moveaxis(x, 0, axis).reshape(*x.shape[1 : axis + 1], -1, *x.shape[axis + 2 :])
+        return dquery, row_sums, join(dkey, 2), join(dvalue, 2), join(column_sums, 3)
+
+    def visit(carry, chunks, hop):
+        dquery, ddecay, dpath, dbetween = carry
+        new = zeros(chunks._replace(segment_ids=None))
+        for number, pair in enumerate(_pairs(settings, operands, chunks, hop)):
+            needed = _is_needed(settings, pair)
+            if needed is None:
+                found = gradients(pair)
+            else:
+                nothing = zeros(jax.eval_shape(gradients, pair))
+                found = jax.lax.cond(needed, gradients, lambda _, nothing=nothing: nothing, pair)
+            dmoved, row_sums, dkey, dvalue, column_sums = found
+            at = lambda x, i, d: None if x is None else x.at[i].add(d)
+            new = _Chunks(
+                at(new.key, pair.key_index, dkey), at(new.value, pair.key_index, dvalue),
+                at(new.decay, pair.key_index, column_sums), None,
+            )  # fmt: skip
+            if dpath is not None:
+                query, path = operands.query[pair.query_index].astype(dtype), operands.path[hop, number]
+                dpath = dpath.at[hop, number].set(_einsum("bkgqh,bkgqj->bkhj", query, dmoved))
+                dmoved = _einsum("bkgqj,bkhj->bkgqh", dmoved, path)
+            dquery = dquery.at[pair.query_index].add(dmoved)
+            ddecay = at(ddecay, pair.query_index, row_sums)
+            dbetween = None if dbetween is None else dbetween.at[hop, number].set(row_sums.sum(-1))
+        return (dquery, ddecay, dpath, dbetween), new
+
+    carry = zeros((operands.query, operands.decay, operands.path, operands.between))
+    (dquery, ddecay, dpath, dbetween), dchunks = _around(settings, operands.chunks, carry, visit)
+    cotangents = _Operands(dquery, dchunks, ddecay, dpath, dbetween, own_weight[..., None] * dout, down_lse)
+    return (
+        jax.tree.map(
+            lambda d, x: d.astype(x.dtype),
+            cotangents,
+            operands._replace(chunks=operands.chunks._replace(segment_ids=None)),
+        ),
+    )
+
+
+_across.defvjp(_across_fwd, _across_bwd)
