@@ -179,10 +179,13 @@ def _prompts(batches: Sequence[Batch], num: int) -> list[list[int]]:
 
 
 def _timings(text_model: TextModel, batches, rules, exit_layers, rows: int, args) -> list[Timing]:
-    """Of full depth and of each rule, in turn, each once to compile and once more to measure."""
+    """Of full depth and of each rule, in turn, each once to compile and once more to measure.
+
+    Exits give every token to the host, and so does full depth where it is streamed; by itself it is one loop.
+    """
     model, params, num_layers = DecoderLM(text_model.config), text_model.params, text_model.config.num_layers
     prompts = _prompts(batches, rows)
-    ways = {"full depth": None} | {
+    ways = {"full depth": {}, "full depth, streamed": {"on_token": lambda *_: False}} | {
         f"{name}, {missing}": (*rule.without_unused(exit_layers), missing)
         for name, rule in rules.items()
         for missing in MISSING
@@ -192,8 +195,8 @@ def _timings(text_model: TextModel, batches, rules, exit_layers, rows: int, args
         say(f"timing {name}, {rows} rows")
         for _ in range(2):
             start = time.perf_counter()
-            if options is None:
-                tokens = np.asarray(generate(model, params, prompts, max_new_tokens=args.new_tokens))
+            if isinstance(options, dict):
+                tokens = np.asarray(generate(model, params, prompts, max_new_tokens=args.new_tokens, **options))
                 depth = runs = float(num_layers)
             else:
                 rule, used_layers, missing = options
@@ -205,8 +208,8 @@ def _timings(text_model: TextModel, batches, rules, exit_layers, rows: int, args
                 runs = out.num_layer_runs / max(out.num_steps, 1)
             seconds = time.perf_counter() - start
         rate = rows * args.new_tokens / seconds
-        full_rate = rate if options is None else full_rate
-        different = _disagreement(model, params, tokens, len(prompts[0])) if options else 0.0
+        full_rate = rate if name == "full depth" else full_rate
+        different = 0.0 if isinstance(options, dict) else _disagreement(model, params, tokens, len(prompts[0]))
         timings.append(Timing(name, rows, rate, rate / full_rate, depth, runs, different))
     return timings
 

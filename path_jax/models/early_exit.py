@@ -9,8 +9,8 @@ leaves gets its logits from there, `unembed(final_norm(x))`, and layers behind s
 * missing="propagate": layers behind the exit put the stream of the exit into their caches at once, without attention
   or MLP (Elbayad et al., "Depth-adaptive Transformer", 2020, arXiv 1910.10073). Later tokens see approximations.
 
-Rows of a batch leave one by one: a segment runs for those that go on, in batches of powers of two. The host decides
-between segments, which costs one transfer of a few bytes each.
+A token's way through the segments is one program, whose conditionals leave out what nobody needs. Rows of a batch leave
+one by one: when half of them have left, the program returns and the host goes on with a batch of half the size.
 """
 
 import functools
@@ -20,14 +20,14 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from path_jax.mixers.state import put_rows, take_rows
 from path_jax.models.cache import init_cache, unrolled
 from path_jax.models.config import ModelConfig
 from path_jax.models.decoder_lm import Block, DecoderLM
 from path_jax.models.generate import append_rows, check_prompt, prefill
-from path_jax.models.sampling import check_sampling, largest
+from path_jax.models.sampling import Sampling, check_sampling, largest
 
 # rule(exit, x, before, lens) -> is_done [R]: whether tokens may leave at exit number `exit` (an int32 scalar) with the
 # residual stream x [R, D], which the last layer made of `before` [R, D]; lens(x) gives logits [R, V]. A pytree with
@@ -88,8 +88,7 @@ def generate_with_exits(
       model, params, prompt, max_new_tokens, temperature, top_k, top_p, rng, stop_token, on_token, cache_dtype: see
         `generate`.
       rule: see `ExitRule`; those of `path_jax.interpretability.exit_rules` for example.
-      exit_layers: layers after which a token may leave, ascending, of 0 ... L - 2. Segments of equal length share
-        their compiled programs.
+      exit_layers: layers after which a token may leave, ascending, of 0 ... L - 2.
       missing: what layers behind an exit learn of a token, see the module's text.
       max_waiting: with "recompute", tokens of a row that may wait before one has to go through all layers.
       min_margin: a token whose two likeliest ones are closer in probability than this at its exit goes on to full
@@ -115,11 +114,9 @@ def generate_with_exits(
 
     model, batch = DecoderLM(config), len(tokens)
     cache = init_cache(config, batch, tokens.shape[1] + max_new_tokens, dtype=cache_dtype or config.dtype)
-    lens = {name: params[name] for name in ("final_norm", "lm_head", "embed") if name in params}
     first = prefill(model, sampling, max_new_tokens, params, tokens, lengths, cache, rng)
     max_waiting = max_waiting if missing == "recompute" else None
-    stack = _Stack(model, params, lens, rule, exit_layers, first.cache, max_waiting)
-    take = functools.partial(_take, model, sampling, lens, rng=rng)
+    stack = _Stack(model, sampling, params, rule, exit_layers, first.cache, max_waiting, rng)
 
     new = np.full((batch, max_new_tokens), sampling.fill, np.int32)
     depths = np.zeros((batch, max_new_tokens), np.int32)
@@ -132,16 +129,14 @@ def generate_with_exits(
             num_steps += 1
             stack.push(token, is_running)
             is_tripped = monitor is not None and monitor.is_tripped
-            stack.advance(is_running, stack.is_full | is_tripped)
-            token, is_stop, best, margin = (np.asarray(x) for x in take(stack.newest, step=step))
+            token, is_stop, best, margin = stack.advance(is_running, stack.is_full | is_tripped, step)
             is_early = is_running & (stack.depth < config.num_layers)
             is_checked = np.zeros(batch, bool)
             if monitor is not None:
                 is_checked[is_early] = monitor.choose(int(is_early.sum()))
             going_on = is_early & (is_checked | (margin < min_margin))
             if going_on.any():
-                stack.advance(going_on, going_on)
-                token, is_stop, full_best, _ = (np.asarray(x) for x in take(stack.newest, step=step))
+                token, is_stop, full_best, _ = stack.advance(going_on, going_on, step)
                 if is_checked.any():
                     monitor.observe((best == full_best)[is_checked])
             depth = stack.depth
@@ -163,22 +158,22 @@ class _Stack:
     token of a row is behind segment `at[row] - 1`, its stream in `newest` [B, D].
     """
 
-    def __init__(self, model, params, lens, rule, exit_layers, cache, max_waiting):
+    def __init__(self, model, sampling, params, rule, exit_layers, cache, max_waiting, rng):
         config = model.config
-        self._model, self._lens, self._rule, self._max_waiting = model, lens, rule, max_waiting
-        self._embed = {name: params[name] for name in ("embed", "position_embed") if name in params}
         self._bounds = np.array([0, *(layer + 1 for layer in exit_layers), config.num_layers])
         layers = [range(first, end) for first, end in zip(self._bounds, self._bounds[1:])]
-        # A layer's number matters for its mixer alone; without it equal segments are one program.
-        self._mixers = [tuple(layer % len(config.mixers) for layer in segment) for segment in layers]
+        self._segments = _Segments(model, sampling, tuple(map(tuple, layers)))
+        self._rule, self._rng, self._max_waiting = rule, rng, max_waiting
         self._params = [[params[f"layers_{layer}"] for layer in segment] for segment in layers]
+        self._ends = {name: x for name, x in params.items() if not name.startswith("layers_")}
         self._states = [tuple(cache[layer] for layer in segment) for segment in layers]
         batch, dtype = len(cache[0].length), jnp.dtype(config.dtype)
         width = 1 if max_waiting is None else max_waiting + 1
         self._waiting = [jnp.zeros((batch, width, config.embed_dim), dtype) for _ in layers]
         self._counts = np.zeros((len(layers), batch), np.int32)
         self._at = np.zeros(batch, np.int32)
-        self.newest = jnp.zeros((batch, config.embed_dim), dtype)
+        self._newest = jnp.zeros((batch, config.embed_dim), dtype)
+        self._token = np.zeros(batch, np.int32)
         self.num_layer_runs = 0
 
     @property
@@ -194,86 +189,88 @@ class _Stack:
 
     def push(self, token: Int[np.ndarray, "B"], is_running: Bool[np.ndarray, "B"]) -> None:
         """A token more for each running row, before the first segment."""
-        self._waiting[0] = _embed(self._model, self._embed, token, self._states[0][0].length, self._waiting[0])
+        self._token = token
         self._counts[0] = is_running
         self._at = np.zeros_like(self._at)
 
-    def advance(self, rows: Bool[np.ndarray, "B"], is_forced: Bool[np.ndarray, "B"]) -> None:
-        """Takes the newest tokens of rows deeper: through all segments where forced, else to where the rule stops."""
-        rows = rows.copy()
-        for j in range(len(self._states)):
-            going = rows & (self._at == j)
-            if going.any():
-                rows[going] = self._cross(j, going) | is_forced[going]
+    def advance(self, rows: Bool[np.ndarray, "B"], is_forced: Bool[np.ndarray, "B"], step: int):
+        """Takes the newest tokens of rows deeper: through all segments where forced, else to where the rule stops.
+
+        Returns:
+          Of the newest streams of all rows: a token, whether it ends its row, the likeliest token, and how far it is
+          ahead in probability.
+        """
+        rows, taken = rows.copy(), None
+        while rows.any():
+            first = self._at[rows].min()
+            going = rows & (self._at == first)
+            rows[going], taken = self._cross(first, going, is_forced, step)
+        if taken is None:
+            taken = _take(self._segments, self._ends, self._newest, self._rng, step)
+        return tuple(np.asarray(x) for x in taken)
 
     def store(self, rows: Bool[np.ndarray, "B"]) -> None:
         """Gives the newest streams of rows to the caches of the segments that have not seen the tokens."""
-        for j in range(len(self._states)):
-            behind = rows & (self._at <= j)
-            if behind.any():
-                index, _ = self._indices(behind)
-                self._states[j] = _store(
-                    self._model.config, self._mixers[j], self._params[j], self._states[j], self.newest,
-                    behind.astype(np.int32), index,
-                )  # fmt: skip
+        first = self._at[rows].min()
+        if first < len(self._states):
+            at = np.where(rows, self._at, len(self._states))
+            self._states[first:] = _store(
+                self._segments, first, self._params[first:], self._states[first:], self._newest, at
+            )
         self._counts[:] = 0
 
-    def _cross(self, j: int, rows: Bool[np.ndarray, "B"]) -> Bool[np.ndarray, "R"]:
-        """Takes all tokens of rows that wait at segment j through it; which newest ones must go on."""
-        index, at = self._indices(rows)
-        has_next = j + 1 < len(self._states)
-        counts = np.where(rows, self._counts[j], 0)
-        waits = self._counts[j + 1].copy() if has_next else None
-        width = min(_power_of_two(counts.max()), self._waiting[j].shape[1])
-        self.num_layer_runs += len(self._mixers[j])
-        self._states[j], waiting, self.newest, is_done = _run(
-            self._model, self._mixers[j], width, self._params[j], self._lens, self._rule,
-            np.int32(j), self._states[j], self._waiting[j], self._waiting[j + 1] if has_next else None,
-            self.newest, counts, waits, index,
+    def _cross(self, first: int, rows: Bool[np.ndarray, "B"], is_forced, step: int):
+        """Takes all tokens of rows, which wait at one segment, through it and those behind it.
+
+        Returns:
+          Which of the rows must go on, and what `advance` returns where that is known.
+        """
+        index, place = self._indices(rows)
+        of = lambda x: x if index is None else np.append(x, False)[index]
+        self._states[first:], self._waiting[first:], self._newest, at, going, taken = _run(
+            self._segments, int(first), self._params[first:], self._ends, self._rule, self._rng, step, self._token,
+            self._states[first:], self._waiting[first:], self._newest, self._counts, of(rows), of(is_forced), index,
         )  # fmt: skip
-        self._at[rows] = j + 1
-        if has_next:
-            self._waiting[j + 1] = waiting
-            self._counts[j + 1, rows] += self._counts[j, rows]
-        self._counts[j, rows] = 0
-        return ~np.asarray(is_done)[at] if has_next else np.zeros(rows.sum(), bool)
+        at, going = np.asarray(at)[place], np.asarray(going)[place]
+        (found,) = np.nonzero(rows)
+        for row, end in zip(found, at):
+            if end < len(self._counts):
+                self._counts[end, row] += self._counts[first:end, row].sum()
+            self._counts[first:end, row] = 0
+        self._at[rows] = at
+        self.num_layer_runs += int(self._bounds[at.max()] - self._bounds[first])
+        return going, None if going.any() else taken
 
     def _indices(self, rows: Bool[np.ndarray, "B"]):
         """Rows to run, filled up with B to a power of two (None for all), and where among them each row is."""
         (found,) = np.nonzero(rows)
-        size = _power_of_two(len(found))
+        size = 1 << (len(found) - 1).bit_length()
         if size >= len(rows):
             return None, found
         return np.pad(found, (0, size - len(found)), constant_values=len(rows)).astype(np.int32), np.arange(len(found))
 
 
-def _power_of_two(number: int) -> int:
-    """The least one that is not smaller."""
-    return 1 << (int(number) - 1).bit_length()
+class _Segments(NamedTuple):
+    """What is static."""
+
+    model: DecoderLM
+    sampling: Sampling
+    layers: tuple[tuple[int, ...], ...]  # of each segment
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _take(model, sampling, lens, x, *, rng, step):
+def _takes(segments, ends, x, rng, step):
     """Of streams [B, D]: a token, whether it ends its row, the likeliest token and how far it is ahead."""
-    logits = model.apply({"params": lens}, x, method="lens")
-    token = sampling.take(logits, jax.random.fold_in(rng, step))
+    logits = segments.model.apply({"params": ends}, x, method="lens")
+    token = segments.sampling.take(logits, jax.random.fold_in(rng, step))
     top, best = largest(logits, 2)
     probability = jnp.exp(top - jax.nn.logsumexp(logits, axis=-1, keepdims=True))
-    return token, sampling.is_stop(token), best[:, 0], probability[:, 0] - probability[:, 1]
+    return token, segments.sampling.is_stop(token), best[:, 0], probability[:, 0] - probability[:, 1]
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=4)
-def _embed(model, params, token, length, waiting):
-    x = model.apply({"params": params}, token[:, None], length[:, None], method="embed_tokens")
-    return waiting.at[:, 0].set(x[:, 0].astype(waiting.dtype))
+_take = jax.jit(_takes, static_argnums=0)
 
 
-def _taker(rows):
-    """A function from [B, ...] to these rows of it, 0 for row B; None is all of them."""
-    return (lambda x: x) if rows is None else (lambda x: jnp.take(x, rows, axis=0, mode="fill", fill_value=0))
-
-
-def _through(config: ModelConfig, mixers, params, states, x, lengths, rows, **options):
+def _through(config: ModelConfig, layers, params, states, x, lengths, rows, **options):
     """The first `lengths` tokens of x [R, W, D] through some layers.
 
     Returns:
@@ -282,36 +279,94 @@ def _through(config: ModelConfig, mixers, params, states, x, lengths, rows, **op
     part = states if rows is None else tuple(take_rows(state, rows) for state in states)
     positions = part[0].length[:, None] + jnp.arange(x.shape[1])
     new = []
-    for layer, layer_params, state in zip(mixers, params, part):
+    for layer, layer_params, state in zip(layers, params, part):
         before = x
         x, state = Block(config, layer).apply({"params": layer_params}, x, positions, None, state, lengths, **options)
         new.append(state)
     return x, before, tuple(new) if rows is None else tuple(put_rows(*item, rows) for item in zip(states, new))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=(7, 9, 10))
-def _run(model, mixers, width, params, lens, rule, j, states, waiting, waiting_next, newest, counts, waits, rows):
-    """One segment for some rows, their tokens of `waiting` in one chunk of `width`."""
-    take = _taker(rows)
-    lengths = take(counts)
-    x, before, states = _through(model.config, mixers, params, states, take(waiting[:, :width]), lengths, rows)
-    last, before = (
-        jnp.take_along_axis(y, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)[:, 0] for y in (x, before)
-    )
-    at = jnp.arange(len(newest)) if rows is None else rows
-    newest = newest.at[jnp.where(lengths > 0, at, len(newest))].set(last.astype(newest.dtype), mode="drop")
-    if waiting_next is None:
-        return states, None, newest, None
-    place = take(waits)[:, None] + jnp.arange(width)
-    place = jnp.where(jnp.arange(width) < lengths[:, None], place, waiting_next.shape[1])
-    waiting_next = waiting_next.at[at[:, None], place].set(x.astype(waiting_next.dtype), mode="drop")
-    is_done = rule(j, last, before, lambda x: model.apply({"params": lens}, x, method="lens"))
-    return states, waiting_next, newest, is_done
+class _Way(NamedTuple):
+    """Rows on their way through segments."""
+
+    states: list  # of each segment
+    waiting: list[Float[Array, "B W D"]]
+    counts: Int[Array, "J B"]
+    newest: Float[Array, "B D"]
+    at: Int[Array, "R"]  # segments behind each row
+    going: Bool[Array, "R"]  # rows that have not left
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(8, 9, 10))
+def _run(
+    segments, first, params, ends, rule, rng, step, token, states, waiting, newest, counts, going, is_forced, rows
+):
+    """Some rows, or all, from segment `first` on, with what waits there, until half of them have left.
+
+    Lists begin with segment `first`; the token is that of rows before the first segment of the model.
+    """
+    config, apply = segments.model.config, segments.model.apply
+    batch, width = waiting[0].shape[:2]
+    take = (lambda x: x) if rows is None else (lambda x: jnp.take(x, rows, axis=0, mode="fill", fill_value=0))
+    index = jnp.arange(batch) if rows is None else rows
+    if first == 0:
+        length = states[0][0].length
+        x = apply({"params": ends}, token[:, None], length[:, None], method="embed_tokens")
+        waiting = [waiting[0].at[:, 0].set(x[:, 0].astype(waiting[0].dtype)), *waiting[1:]]
+
+    def cross(i, way):
+        number = first + i
+        lengths = jnp.where(way.going, take(way.counts[number]), 0)
+
+        def run(width, states):
+            x = take(way.waiting[i][:, :width])
+            x, before, states = _through(config, segments.layers[number], params[i], states, x, lengths, rows)
+            last, before = (
+                jnp.take_along_axis(y, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)[:, 0] for y in (x, before)
+            )
+            dtype = way.newest.dtype
+            x = jnp.pad(x, [(0, 0), (0, way.waiting[i].shape[1] - width), (0, 0)])
+            return x.astype(dtype), last.astype(dtype), before.astype(dtype), states
+
+        if width == 1:
+            x, last, before, passed = run(1, way.states[i])
+        else:
+            x, last, before, passed = jax.lax.cond(
+                lengths.max() <= 1, functools.partial(run, 1), functools.partial(run, width), way.states[i]
+            )
+        newest = way.newest.at[jnp.where(lengths > 0, index, batch)].set(last, mode="drop")
+        at = jnp.where(way.going, number + 1, way.at)
+        states = [*way.states[:i], passed, *way.states[i + 1 :]]
+        if i + 1 == len(params):
+            return _Way(states, way.waiting, way.counts, newest, at, jnp.zeros_like(way.going))
+        place = take(way.counts[number + 1])[:, None] + jnp.arange(width)
+        place = jnp.where(jnp.arange(width) < lengths[:, None], place, width)
+        following = way.waiting[i + 1].at[index[:, None], place].set(x, mode="drop")
+        waiting = [*way.waiting[: i + 1], following, *way.waiting[i + 2 :]]
+        counts = way.counts.at[number + 1, index].add(lengths, mode="drop")
+        is_done = rule(np.int32(number), last, before, lambda x: apply({"params": ends}, x, method="lens"))
+        way = _Way(states, waiting, counts, newest, at, way.going & (~is_done | is_forced))
+        return jax.lax.cond(2 * way.going.sum() > len(index), functools.partial(cross, i + 1), lambda way: way, way)
+
+    way = cross(0, _Way(states, waiting, jnp.asarray(counts), newest, jnp.full(len(index), first), going))
+    taken = None
+    if rows is None:  # else others may have to go on
+        takes = lambda: _takes(segments, ends, way.newest, rng, step)
+        nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(takes))
+        taken = jax.lax.cond(way.going.any(), lambda: nothing, takes)
+    return way.states, way.waiting, way.newest, way.at, way.going, taken
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
-def _store(config: ModelConfig, mixers, params, states, newest, lengths, rows):
-    """The states of a segment with one token more for some rows, whose stream is as it left."""
-    take = _taker(rows)
-    stream = take(newest)[:, None]
-    return _through(config, mixers, params, states, stream, take(lengths), rows, only_cache=True)[2]
+def _store(segments, first, params, states, newest, at):
+    """The states of segments from `first` on with one token more for rows behind fewer, whose stream is as it left."""
+    config, stored = segments.model.config, []
+    for i, (segment_params, state) in enumerate(zip(params, states)):
+        number = first + i
+        lengths = (at <= number).astype(jnp.int32)
+
+        def put(state, lengths=lengths, layers=segments.layers[number], params=segment_params):
+            return _through(config, layers, params, state, newest[:, None], lengths, None, only_cache=True)[2]
+
+        stored.append(jax.lax.cond(lengths.any(), put, lambda state: state, state))
+    return stored

@@ -55,7 +55,13 @@ def test_loss_falls(one_device):
 
 
 @pytest.mark.parametrize(
-    "shape", [pytest.param({"data": 2, "fsdp": 4}, marks=pytest.mark.slow), {"fsdp": 4, "tensor": 2}], ids=str
+    "shape",
+    [
+        pytest.param({"data": 2, "fsdp": 4}, marks=pytest.mark.slow),
+        pytest.param({"fsdp": 4, "tensor": 2}, marks=pytest.mark.slow),
+        {"fsdp": 2, "sequence": 2, "tensor": 2},
+    ],
+    ids=str,
 )
 def test_eight_devices_train_like_one(one_device, shape):
     history, state = train(make_mesh(shape), 5)
