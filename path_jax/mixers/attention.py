@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import attention_weights, extend, weighted_values
+from pallas_kernels import attention_weights, weighted_values
 from path_jax.mixers.state import State, init_state, lengths_of
 from path_jax.nn.layers import HeadRMSNorm, append, default_positions, linear, rotary, shift
 from path_jax.nn.taps import Tap
-from path_jax.parallel.attention import forgetting_attention
+from path_jax.parallel.attention import extend, forgetting_attention
 
 GATES = ("full", "bias_only", "fixed", "none")
 QK_NORMS = ("none", "head", "shared")

@@ -5,11 +5,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import attention_weights, extend, weighted_values
+from pallas_kernels import attention_weights, weighted_values
 from path_jax.mixers.state import State, init_state, lengths_of
 from path_jax.nn.layers import HeadRMSNorm, ShortConv, append, linear
 from path_jax.nn.taps import Tap
-from path_jax.parallel.attention import path_attention
+from path_jax.parallel.attention import extend, path_attention
 
 
 def unit_directions(w: Float[Array, "B T K H"]) -> Float[Array, "B T K H"]:

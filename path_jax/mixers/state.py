@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import PagePool, init_cache
+from pallas_kernels import PagePool
 from pallas_kernels.cache import Cache
+from path_jax.parallel.attention import init_cache
 
 
 class State(NamedTuple):

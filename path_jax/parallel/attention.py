@@ -6,11 +6,11 @@ the compiler would do around a kernel that it cannot look into. Axes that do not
 so does everything outside of a mesh.
 """
 
-
 import jax
 from jax.sharding import PartitionSpec as P
 
 import pallas_kernels
+from pallas_kernels.cache import Cache
 from path_jax.parallel.mesh import AXES
 from path_jax.parallel.ring_attention import ring_attention
 from path_jax.parallel.sharding import dividing_axes
@@ -26,10 +26,47 @@ def forgetting_attention(q, k, v, log_forget=None, *, segment_ids=None, **option
     return _on_mesh(pallas_kernels.forgetting_attention, (q, k, v, log_forget), segment_ids, options)
 
 
-def _on_mesh(operation, arrays, segment_ids, options):
+def init_cache(batch: int, max_length: int, **options) -> Cache:
+    """`pallas_kernels.init_cache`, its heads over `tensor`."""
+    cache = pallas_kernels.init_cache(batch, max_length, **options)
+    mesh = _mesh()
+    if mesh is None:
+        return cache
+    place = lambda x, spec: jax.lax.with_sharding_constraint(x, spec)
+    return jax.tree.map(place, cache, _cache_specs(cache, dividing_axes(mesh, "heads", cache.k.shape[1])))
+
+
+def extend(cache: Cache, q, k, v, w=None, beta=None, log_forget=None, *, lengths=None, **options):
+    """`pallas_kernels.extend`; each device has its own heads. Rows stay whole, since they may share pages."""
+    mesh = _mesh()
+    heads = None if mesh is None else dividing_axes(mesh, "heads", k.shape[2])
+    if heads is None:
+        return pallas_kernels.extend(cache, q, k, v, w, beta, log_forget, lengths=lengths, **options)
+
+    def local(cache, arrays, lengths):
+        return pallas_kernels.extend(cache, *arrays, lengths=lengths, **options)
+
+    arrays, specs = (q, k, v, w, beta, log_forget), _cache_specs(cache, heads)
+    spec = P(None, None, heads)
+    in_specs = (specs, jax.tree.map(lambda x: spec, arrays), None if lengths is None else P())
+    return jax.shard_map(local, in_specs=in_specs, out_specs=(spec, specs), check_vma=False)(cache, arrays, lengths)
+
+
+def _cache_specs(cache: Cache, heads) -> Cache:
+    """The second axis of all but lengths and the table of pages is one of heads."""
+    return jax.tree.map(lambda x: P(None, heads), cache)._replace(length=P(), table=P())
+
+
+def _mesh():
+    """The mesh in use, or None where arrays are a single device's, or the mesh is not one of ours."""
     mesh = jax.sharding.get_abstract_mesh()
-    is_inside = jax.sharding.AxisType.Manual in mesh.axis_types  # of a shard_map: these are a device's own arrays
-    if mesh.size == 1 or is_inside or not set(mesh.shape) & set(AXES):
+    is_inside = jax.sharding.AxisType.Manual in mesh.axis_types  # of a shard_map
+    return None if mesh.size == 1 or is_inside or not set(mesh.shape) & set(AXES) else mesh
+
+
+def _on_mesh(operation, arrays, segment_ids, options):
+    mesh = _mesh()
+    if mesh is None:
         return operation(*arrays, segment_ids=segment_ids, **options)
     q, k = arrays[:2]
     rows = dividing_axes(mesh, "batch", q.shape[0])

@@ -131,7 +131,7 @@ def ring_attention(
     chunks = _Chunks(heads(k)[:, :, :, 0], heads(v)[:, :, :, 0], key_decay, ids)
     own_out, own_lse = heads(out).astype(lse.dtype), heads(lse.swapaxes(1, 2))
     out = _across(settings, _Operands(heads(q), chunks, decay, path, between, own_out, own_lse))
-    out = jnp.moveaxis(out.astype(v.dtype), 4, 2)  # [2, B, L, K, G, Hv]
+    out = jnp.moveaxis(out.astype(q.dtype), 4, 2)  # [2, B, L, K, G, Hv]
     return _from_zigzag(settings, out.reshape(*out.shape[:3], -1, out.shape[-1]))
 
 
