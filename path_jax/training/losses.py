@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from path_jax.parallel.sharding import constrain
+
 
 def token_losses(logits: Float[Array, "*batch V"], targets: Int[Array, "*batch"]):
     """Per-token cross-entropy and squared log-partition, both in nats and float32."""
@@ -72,7 +74,8 @@ def _sum_over_chunks(sums, arrays, chunk_size):
     def chunks(x):
         # Token t goes to chunk t % num_chunks, so that every chunk spans all shards of the sequence.
         x = jnp.pad(x, [(0, 0), (0, -length % num_chunks)] + [(0, 0)] * (x.ndim - 2))
-        return jnp.moveaxis(x.reshape(x.shape[0], -1, num_chunks, *x.shape[2:]), 2, 0)
+        x = jnp.moveaxis(x.reshape(x.shape[0], -1, num_chunks, *x.shape[2:]), 2, 0)
+        return constrain(x, None, "batch", "length", *[None] * (x.ndim - 3))
 
     cut = tuple(chunks(x) for x in arrays)
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(sums, *(x[0] for x in cut)))
