@@ -1,9 +1,9 @@
 """The attention operations of `pallas_kernels` on meshes: each device computes its own rows, heads and tokens.
 
 Under `jax.set_mesh` with axes of `parallel.mesh`, a call runs inside `jax.shard_map`: the batch over `data` and `fsdp`,
-heads over `tensor`, the length over `sequence` by `ring_attention`. Nothing of the size of q, k or v is gathered, which
-the compiler would do around a kernel that it cannot look into. Axes that do not divide a call's sizes leave them whole;
-so does everything outside of a mesh.
+heads over `tensor`, the length over `sequence` by `ring_attention`. Nothing of the size of q, k or v is gathered,
+whatever the compiler would choose by itself. Axes that do not divide a call's sizes leave them whole; so does everything
+outside of a mesh.
 """
 
 import jax
