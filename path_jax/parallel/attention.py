@@ -2,8 +2,7 @@
 
 Under `jax.set_mesh` with axes of `parallel.mesh`, a call runs inside `jax.shard_map`: the batch over `data` and `fsdp`,
 heads over `tensor`, the length over `sequence` by `ring_attention`. Nothing of the size of q, k or v is gathered,
-whatever the compiler would choose by itself. Axes that do not divide a call's sizes leave them whole, and without a mesh
-all is.
+whatever the compiler would choose by itself. Axes that do not divide a call's sizes leave them whole.
 """
 
 import jax
