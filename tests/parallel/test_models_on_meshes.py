@@ -15,6 +15,7 @@ from path_jax.parallel.sharding import batch_sharding, tree_shardings
 from path_jax.training.objectives import language_modelling
 
 ROWS, LENGTH, VOCAB = 4, 64, 64
+PRO = {"kv_shift": True, "qk_norm": "head", "output_norm": True, "output_gate": True}
 
 
 def make_batch():
@@ -27,7 +28,7 @@ def make_batch():
 
 @functools.cache
 def loss_and_gradients(mixer, shape):
-    config = ModelConfig(VOCAB, 2, 32, 4, mlp_dim=48, mixer=mixer)
+    config = ModelConfig(VOCAB, 2, 32, 4, mlp_dim=48, mixer=mixer, mixer_options=PRO if mixer == "fox" else {})
     model = DecoderLM(config)
     params = jax.jit(model.init)(jax.random.key(0), np.zeros((1, 1), np.int32))["params"]
     mesh = make_mesh(dict(shape), devices=jax.devices()[: math.prod(size for _, size in shape)])

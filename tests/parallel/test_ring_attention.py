@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 import pallas_kernels
 from pallas_kernels.householder import span_frames
-from path_jax.parallel import attention
+from path_jax.parallel import attention, ring_attention
 from path_jax.parallel.mesh import make_mesh
 from path_jax.parallel.ring_attention import _arriving, _from_zigzag, _Settings, _to_zigzag
 
@@ -84,6 +84,13 @@ def test_output_and_gradients_are_those_of_one_device(kind, shape, length, has_d
     mesh = make_mesh(shape, devices=jax.devices()[: math.prod(shape.values())])
     inputs = (arrays(kind, length, batch=2), documents(length, batch=2) if has_documents else None)
     assert_as_unsharded(kind, mesh, inputs, options)
+
+
+def test_chunks_longer_than_a_tile(monkeypatch):
+    """Three tiles of keys in each chunk."""
+    monkeypatch.setattr(ring_attention, "_TILES", (32, 16))
+    inputs = (arrays("path_fox", 192), documents(192))
+    assert_as_unsharded("path_fox", make_mesh({"sequence": 2}, devices=jax.devices()[:2]), inputs, {})
 
 
 @pytest.mark.slow
