@@ -1,9 +1,13 @@
 """Text corpora as packed batches: read, split, pack, shuffle, shard, resume. Synthetic tasks with exact answers."""
 
 from path_jax.data.batch import Batch
+from path_jax.data.config import DataConfig
 from path_jax.data.examples import Examples, Task, as_text
-from path_jax.data.loader import DataConfig, make_corpus, make_iterator
+from path_jax.data.fasta import ALPHABETS, fasta_documents
+from path_jax.data.loader import make_corpus, make_iterator
+from path_jax.data.mixture import Mixture
 from path_jax.data.packing import PackedRows, first_fit_rows
+from path_jax.data.prepared import PreparedRange, PreparedRows, PreparedTokens
 from path_jax.data.task_stream import TASKS, TaskStream, as_batch, make_task
 from path_jax.data.text import (
     Corpus,
@@ -18,6 +22,7 @@ from path_jax.data.text import (
 from path_jax.data.tokenizer import ByteTokenizer, LearnedTokenizer, load_tokenizer, vocabulary_tokenizer
 
 __all__ = [
+    "ALPHABETS",
     "TASKS",
     "Batch",
     "ByteTokenizer",
@@ -26,11 +31,16 @@ __all__ = [
     "Document",
     "Examples",
     "LearnedTokenizer",
+    "Mixture",
     "PackedRows",
+    "PreparedRange",
+    "PreparedRows",
+    "PreparedTokens",
     "Task",
     "TaskStream",
     "as_batch",
     "as_text",
+    "fasta_documents",
     "file_documents",
     "first_fit_rows",
     "load_tokenizer",

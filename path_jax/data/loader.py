@@ -1,103 +1,33 @@
 """From a data configuration to a resumable, sharded iterator of batches.
 
-In-memory sources give the same global batches for every process count. TFDS sources are
-packed as a stream, so there each process packs its own share of the records and a saved
-position belongs to one process count. Workers are threads; no process pool is offered.
+In-memory and prepared sources, and mixtures of them, give the same global batches for every
+process count. TFDS sources are packed as a stream, so there each process packs its own share
+of the records and a saved position belongs to one process count. Workers are threads; no
+process pool is offered.
 
 A synthetic task has no text: its examples are made as they are needed and never repeat.
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import grain
 import numpy as np
 
 from path_jax.data import text
 from path_jax.data.batch import Batch
-from path_jax.data.packing import PackedRows, first_fit_rows
+from path_jax.data.config import DataConfig
+from path_jax.data.fasta import ALPHABETS, fasta_documents
+from path_jax.data.mixture import MixedRows, Mixture
+from path_jax.data.packing import PackedRows, Row, first_fit_rows
+from path_jax.data.prepared import PreparedRange, PreparedRows, PreparedTokens
 from path_jax.data.task_stream import TaskStream, make_task
 from path_jax.data.text import Corpus, Document, LazyDocuments
-from path_jax.data.tokenizer import ByteTokenizer
 
-_SOURCES = ("stdlib", "files", "tokens", "tfds", "task")
-_PACKINGS = ("concat", "first_fit")
 _READ_OPTIONS = grain.ReadOptions(num_threads=2, prefetch_buffer_size=16)
 _NUM_TASK_BATCHES = 2**40  # more than anyone trains on
 # Rows that a stream fills at once: more wastes less padding but costs memory.
 _NUM_STREAM_ROWS = 16
-
-
-@dataclasses.dataclass(frozen=True)
-class DataConfig:
-    """Where the text is and how it becomes batches.
-
-    Attributes:
-      source: `stdlib` (this Python's standard library), `files` (bytes of a file or
-        directory), `tokens` (`.npy` ids), `tfds` (a prepared array_record dataset) or
-        `task` (a synthetic task).
-      path: The file or directory; empty for `stdlib` and `task`.
-      sequence_length: T, at least 1.
-      batch_size: Rows of a global batch, over all processes.
-      packing: `concat` fills every row; `first_fit` keeps documents whole and pads.
-      heldout_fraction: Share held out for evaluation, in (0, 1): of the tokens, or of the
-        records for `tfds`.
-      seed: Chooses the held-out side and the shuffles, in [0, 2**32).
-      tfds_split: Split of a TFDS dataset.
-      text_key: Text feature of a TFDS dataset.
-      bos_id: The id that opens a document; 256 unless `source` is `tokens`.
-      vocab_size: Number of ids; 257 unless `source` is `tokens`. A task has its own.
-      task: A name in `path_jax.data.TASKS`; task_options: its settings but the length,
-        which is `sequence_length`.
-    """
-
-    source: str = "stdlib"
-    path: str = ""
-    sequence_length: int = 256
-    batch_size: int = 8
-    packing: str = "concat"
-    heldout_fraction: float = 0.05
-    seed: int = 0
-    tfds_split: str = "train"
-    text_key: str = "text"
-    bos_id: int = 256
-    vocab_size: int = 257
-    task: str = ""
-    task_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-
-    def __post_init__(self):
-        """Raises ValueError for the first field that cannot work."""
-        if self.source not in _SOURCES:
-            raise ValueError(f"data.source is {self.source!r}; choose one of {_SOURCES}")
-        if self.packing not in _PACKINGS:
-            raise ValueError(f"data.packing is {self.packing!r}; choose one of {_PACKINGS}")
-        if bool(self.path) == (self.source in ("stdlib", "task")):
-            fix = "leave it empty or set data.source" if self.path else "set data.path"
-            raise ValueError(f"data.path is {self.path!r} with source {self.source!r}; {fix}")
-        for name in ("sequence_length", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"data.{name} is {getattr(self, name)}; it must be at least 1")
-        if not 0 < self.heldout_fraction < 1:
-            raise ValueError(f"data.heldout_fraction is {self.heldout_fraction}; it must be inside (0, 1)")
-        if not 0 <= self.seed < 2**32:
-            raise ValueError(f"data.seed is {self.seed}; it must be in [0, 2**32)")
-        if not 0 <= self.bos_id < self.vocab_size:
-            raise ValueError(f"data.bos_id is {self.bos_id}; it must be in [0, data.vocab_size={self.vocab_size})")
-        if (self.source == "task") != bool(self.task) or (self.task_options and not self.task):
-            raise ValueError(
-                f"data.task is {self.task!r} with data.task_options {dict(self.task_options)} and source "
-                f"{self.source!r}; a task and its options go with source 'task'"
-            )
-        if self.task:
-            make_task(self.task, self.sequence_length, self.task_options)
-            return
-        byte_ids = (ByteTokenizer().bos_id, ByteTokenizer().vocab_size)
-        if self.source != "tokens" and (self.bos_id, self.vocab_size) != byte_ids:
-            raise ValueError(
-                f"data.bos_id and data.vocab_size are {(self.bos_id, self.vocab_size)}; source "
-                f"{self.source!r} reads bytes, which need {byte_ids}"
-            )
 
 
 def make_corpus(config: DataConfig) -> Corpus:
@@ -107,7 +37,8 @@ def make_corpus(config: DataConfig) -> Corpus:
       config: The data configuration.
 
     Returns:
-      The corpus. For `tfds` both sides are lazy, in an order shuffled by the seed.
+      The corpus. For `tfds` both sides are lazy, in an order shuffled by the seed; for
+      `prepared` they are ranges of one stream.
 
     Raises:
       FileNotFoundError: The path does not exist.
@@ -126,7 +57,17 @@ def make_corpus(config: DataConfig) -> Corpus:
         train = LazyDocuments(len(records) - num_heldout, lambda index: records[order[num_heldout + index]])
         heldout = LazyDocuments(num_heldout, lambda index: records[order[index]])
         return Corpus(train, heldout, config.vocab_size)
-    if config.source == "stdlib":
+    if config.source == "mixture":
+        return _mixture(config)
+    if config.source == "prepared":
+        stream = PreparedTokens(config.path)
+        return Corpus(*stream.split(config.heldout_fraction), stream.manifest.vocab_size)
+    bos_id, vocab_size = config.bos_id, config.vocab_size
+    if config.source == "fasta":
+        alphabet = ALPHABETS[config.alphabet]
+        bos_id, vocab_size = alphabet.bos_id, alphabet.vocab_size
+        documents = fasta_documents(config.path, alphabet)
+    elif config.source == "stdlib":
         documents = text.standard_library_documents()
     elif config.source == "files":
         documents = text.file_documents(config.path)
@@ -137,8 +78,32 @@ def make_corpus(config: DataConfig) -> Corpus:
             raise ValueError(
                 f"{config.path} has id {largest}, outside data.vocab_size={config.vocab_size}; raise data.vocab_size"
             )
-    train, heldout = text.split_documents(documents, config.heldout_fraction, config.seed, bos_id=config.bos_id)
-    return Corpus(train, heldout, config.vocab_size)
+    train, heldout = text.split_documents(documents, config.heldout_fraction, config.seed, bos_id=bos_id)
+    return Corpus(train, heldout, vocab_size)
+
+
+def _mixture(config: DataConfig) -> Corpus:
+    """The parts' sides, which must have one vocabulary."""
+    corpora = {name: make_corpus(part) for name, part in config.part_configs().items()}
+    found: dict[str, tuple] = {}
+    tokenizers = set()
+    for name, part in config.part_configs().items():
+        found[name] = (corpora[name].vocab_size, _bos_id(part, corpora[name]))
+        if isinstance(train := corpora[name].train, PreparedRange):
+            tokenizers.add(tuple(train.stream.manifest.tokenizer.items()))
+    if len(set(found.values())) > 1 or len(tokenizers) > 1:
+        described = ", ".join(f"{name} {size} ids opened by {bos_id}" for name, (size, bos_id) in found.items())
+        raise ValueError(f"the parts of a mixture need one vocabulary, and these have others: {described}")
+    weights = config.part_weights()
+    train = Mixture({name: corpus.train for name, corpus in corpora.items()}, weights)
+    heldout = Mixture({name: corpus.heldout for name, corpus in corpora.items()}, weights).in_proportion()
+    return Corpus(train, heldout, next(iter(found.values()))[0])
+
+
+def _bos_id(config: DataConfig, corpus: Corpus) -> int:
+    if isinstance(corpus.train, PreparedRange):
+        return corpus.train.stream.manifest.bos_id
+    return ALPHABETS[config.alphabet].bos_id if config.source == "fasta" else config.bos_id
 
 
 def make_iterator(
@@ -184,13 +149,24 @@ def make_iterator(
         records = grain.MapDataset.source(documents).seed(config.seed).shuffle().repeat()
         rows = _packed_stream(records[shard].to_iter_dataset(_READ_OPTIONS), config)
         return iter(rows.batch(local_size, drop_remainder=True).map(_as_batch))
-    make_rows = PackedRows if config.packing == "concat" else first_fit_rows
-    rows = grain.MapDataset.source(make_rows(documents, config.sequence_length))
+    if isinstance(documents, Mixture):
+        rows = [_rows(config, part) for part in documents.parts.values()]
+        rows = grain.MapDataset.source(MixedRows(rows, documents.weights, config.seed))
+    else:
+        rows = grain.MapDataset.source(_rows(config, documents)).seed(config.seed).shuffle().repeat()
     # Batches of the local size are cut before sharding: number n * process_count + p is
     # part p of global batch n. Dropping the remainder of the endless repeat keeps its
     # length an exact integer; rounding up overflows for one row per process.
-    batches = rows.seed(config.seed).shuffle().repeat().batch(local_size, drop_remainder=True)
+    batches = rows.batch(local_size, drop_remainder=True)
     return iter(batches[shard].map(_as_batch).to_iter_dataset(_READ_OPTIONS))
+
+
+def _rows(config: DataConfig, documents: Sequence[Document]) -> Sequence[Row]:
+    """One side of a corpus, packed."""
+    if isinstance(documents, PreparedRange):
+        return PreparedRows(documents, config.sequence_length)
+    make_rows = PackedRows if config.packing == "concat" else first_fit_rows
+    return make_rows(documents, config.sequence_length)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -41,7 +41,7 @@ class PackedRows:
         """
         self._tokens, num_tokens = _checked_tokens(documents, sequence_length)
         self._ends = np.cumsum([len(tokens) for tokens in self._tokens])
-        self._num_rows = -(-(num_tokens - 1) // sequence_length)
+        self._num_rows = num_concat_rows(num_tokens, sequence_length)
         self.sequence_length = sequence_length
 
     def __len__(self) -> int:
@@ -53,17 +53,8 @@ class PackedRows:
         Raises:
           IndexError: `index` is out of range.
         """
-        start = _checked_index(index, self._num_rows) * self.sequence_length
-        pieces = list(self._pieces(start, start + self.sequence_length + 1))
-        stream = np.concatenate(pieces)
-        segment_ids = np.repeat(np.arange(1, len(pieces) + 1), [len(p) for p in pieces])
-        return _padded_row(
-            stream[:-1],
-            stream[1:],
-            segment_ids[:-1],
-            segment_ids[1:] == segment_ids[:-1],
-            self.sequence_length,
-        )
+        start = checked_index(index, self._num_rows) * self.sequence_length
+        return concat_row(list(self._pieces(start, start + self.sequence_length + 1)), self.sequence_length)
 
     def _pieces(self, start: int, stop: int) -> Iterator[np.ndarray]:
         """Yields the non-empty parts of documents inside the stream's [start, stop)."""
@@ -76,6 +67,23 @@ class PackedRows:
             piece = tokens[max(start - offset, 0) : stop - offset]
             if len(piece):
                 yield piece
+
+
+def num_concat_rows(num_tokens: int, sequence_length: int) -> int:
+    """Number of rows of T + 1 tokens with stride T, the last of which may be shorter."""
+    return -(-(num_tokens - 1) // sequence_length)
+
+
+def concat_row(pieces: Sequence[np.ndarray], sequence_length: int) -> Row:
+    """A row of the concat packing.
+
+    Args:
+      pieces: The parts of documents that its T + 1 tokens are made of, none empty; fewer tokens at the end of a stream.
+      sequence_length: T.
+    """
+    stream = np.concatenate(pieces)
+    segment_ids = np.repeat(np.arange(1, len(pieces) + 1), [len(p) for p in pieces])
+    return _padded_row(stream[:-1], stream[1:], segment_ids[:-1], segment_ids[1:] == segment_ids[:-1], sequence_length)
 
 
 def first_fit_rows(documents: Sequence[Document], sequence_length: int) -> "_FirstFitRows":
@@ -121,7 +129,7 @@ class _FirstFitRows:
         return len(self._rows)
 
     def __getitem__(self, index: SupportsIndex) -> Row:
-        row = self._rows[_checked_index(index, len(self._rows))]
+        row = self._rows[checked_index(index, len(self._rows))]
         pieces = [self._tokens[number][start:stop] for number, start, stop in row]
         sizes = [len(piece) - 1 for piece in pieces]
         return _padded_row(
@@ -188,19 +196,25 @@ def _padded_row(
 
 
 def _checked_tokens(documents: Sequence[Document], sequence_length: int) -> tuple[list[np.ndarray], int]:
-    if sequence_length < 1:
-        raise ValueError(f"sequence_length is {sequence_length}; it must be at least 1")
     tokens = [document.tokens for document in documents]
     num_tokens = sum(map(len, tokens))
+    check_size(num_tokens, sequence_length)
+    return tokens, num_tokens
+
+
+def check_size(num_tokens: int, sequence_length: int) -> None:
+    """Raises ValueError for T < 1, or where there are fewer than T + 1 tokens."""
+    if sequence_length < 1:
+        raise ValueError(f"sequence_length is {sequence_length}; it must be at least 1")
     if num_tokens < sequence_length + 1:
         raise ValueError(
             f"corpus has {num_tokens} tokens, fewer than one sequence of {sequence_length + 1}; "
             "lower data.sequence_length or give more text"
         )
-    return tokens, num_tokens
 
 
-def _checked_index(index: SupportsIndex, num_rows: int) -> int:
+def checked_index(index: SupportsIndex, num_rows: int) -> int:
+    """The index as an integer; raises IndexError outside of [0, num_rows)."""
     index = operator.index(index)
     if not 0 <= index < num_rows:
         raise IndexError(f"row {index} is outside [0, {num_rows})")

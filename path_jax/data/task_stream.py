@@ -13,6 +13,7 @@ from path_jax.data.code_variables import CodeVariables
 from path_jax.data.examples import Examples, Task
 from path_jax.data.flip_flop import FlipFlop
 from path_jax.data.group_words import GroupWords
+from path_jax.data.motif import Motif
 from path_jax.data.recall import MultiQueryRecall, RepeatedRecall
 from path_jax.data.records import Records
 from path_jax.data.treecall import Treecall
@@ -27,6 +28,7 @@ TASKS = {
     "ar": AssociativeRecall,
     "atr": Treecall,
     "records": Records,
+    "motif": Motif,
 }
 
 

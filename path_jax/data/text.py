@@ -2,7 +2,7 @@
 
 A byte document is read as `bos, byte, byte, ...`, so every byte is predicted and bits per
 byte is well defined. All sources but TFDS are held in memory (int32, 4 bytes a token);
-write a larger corpus as a TFDS array_record dataset, which is read record by record.
+prepare a larger corpus with `python -m path_jax.data prepare`, or write it as a TFDS array_record dataset.
 """
 
 import dataclasses
@@ -89,12 +89,14 @@ def standard_library_documents(encode: Callable[[bytes], np.ndarray] = opened_by
     Returns:
       Documents named by their path relative to the standard library, sorted by name.
     """
+    return tuple(Document(name, encode(path.read_bytes())) for name, path in standard_library_files())
+
+
+def standard_library_files() -> list[tuple[str, pathlib.Path]]:
+    """Returns `(relative name, path)` of the non-empty `.py` files of this Python's standard library, sorted."""
     root = pathlib.Path(sysconfig.get_paths()["stdlib"])
-    return tuple(
-        Document(name, encode(path.read_bytes()))
-        for name, path in _visible_files(root, _EXCLUDED_FOLDERS, refuse_links=False)
-        if path.suffix == ".py"
-    )
+    files = visible_files(root, _EXCLUDED_FOLDERS, refuse_links=False)
+    return [(name, path) for name, path in files if path.suffix == ".py"]
 
 
 def file_documents(
@@ -113,7 +115,7 @@ def file_documents(
       FileNotFoundError: `path` does not exist.
       ValueError: Nothing to read, or a link leads outside the directory.
     """
-    files = _visible_files(pathlib.Path(path))
+    files = visible_files(pathlib.Path(path))
     documents = tuple(Document(name, encode(item.read_bytes())) for name, item in files)
     if not documents:
         raise ValueError(f"{path} holds no visible non-empty file; give a path with text")
@@ -138,7 +140,7 @@ def token_file_documents(path: str | os.PathLike[str], bos_id: int) -> tuple[Doc
         negative or do not fit int32.
     """
     documents = []
-    for name, item in _visible_files(pathlib.Path(path)):
+    for name, item in visible_files(pathlib.Path(path)):
         if item.suffix == ".npy":
             documents += _cut_at_bos(name, _load_tokens(item), bos_id)
     if not documents:
@@ -231,7 +233,7 @@ def split_documents(
     return train, tuple(item for item in documents if item.name in heldout_names)
 
 
-def _visible_files(
+def visible_files(
     root: pathlib.Path, excluded: frozenset[str] = frozenset(), *, refuse_links: bool = True
 ) -> list[tuple[str, pathlib.Path]]:
     """Returns `(relative name, path)` of the non-empty files at or below `root`, sorted.

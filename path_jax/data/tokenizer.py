@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int32
 
+_JSON_ESCAPED = "JSONGPT2Tokenizer"  # what the published FoX models name their tokenizer
+
 
 @dataclasses.dataclass(frozen=True)
 class ByteTokenizer:
@@ -101,6 +103,13 @@ class LearnedTokenizer:
         """Writes a `tokenizer.json`."""
         self._tokenizer.save(os.fspath(path))
 
+    def files(self) -> dict[str, bytes]:
+        """Returns {name: content} of a directory from which `load_tokenizer` makes the same tokenizer."""
+        files = {"tokenizer.json": self._tokenizer.to_str(pretty=True).encode()}
+        if self._is_json_escaped:
+            files["tokenizer_config.json"] = json.dumps({"tokenizer_class": _JSON_ESCAPED}).encode()
+        return files
+
 
 def load_tokenizer(directory: str | os.PathLike[str]) -> LearnedTokenizer | None:
     """Returns the tokenizer of a Hugging Face directory, or None if it has no tokenizer files.
@@ -113,7 +122,7 @@ def load_tokenizer(directory: str | os.PathLike[str]) -> LearnedTokenizer | None
     settings = directory / "tokenizer_config.json"
     try:
         name = json.loads(settings.read_text()).get("tokenizer_class") if settings.is_file() else None
-        is_json_escaped = name == "JSONGPT2Tokenizer"
+        is_json_escaped = name == _JSON_ESCAPED
         if (directory / "tokenizer.json").is_file():
             from_file = _tokenizers().Tokenizer.from_file
             return LearnedTokenizer(_built(lambda: from_file(str(directory / "tokenizer.json"))), is_json_escaped)

@@ -10,6 +10,7 @@ from path_jax.data.boxes import Boxes
 from path_jax.data.code_variables import CodeVariables
 from path_jax.data.flip_flop import READ, WRITE, FlipFlop
 from path_jax.data.group_words import GroupWords
+from path_jax.data.motif import Motif
 from path_jax.data.recall import FORGET, NONE, MultiQueryRecall, RepeatedRecall
 
 
@@ -132,6 +133,31 @@ def text_answers(task, tokens):
         yield t, words.index(f"{answer}\n" if getattr(task, "pieces", False) else answer), min(level, 3)
 
 
+def motif_answers(task, tokens):
+    """Reads events by their text; an unfinished answer counts as far as it goes."""
+    words, size, site = task.words, task.motif_length, {}
+    complement = dict(zip("ACGT", "TGCA"))
+    places = list(itertools.accumulate((len(words[token]) for token in tokens), initial=0))
+    for match in re.finditer(r" (L\d+)(?:=([ACGT]+)|(~)|([/<]) (L\d+)|(\?)([ACGT]*))", as_text(words, tokens)):
+        here, written, inverted, sign, there, question, _ = match.groups()
+        if written:
+            site[here] = written[:size], 0
+        elif inverted:
+            motif, changes = site[here]
+            site[here] = "".join(complement[letter] for letter in reversed(motif)), changes + 1
+        elif sign:
+            (mine, my_changes), (other, changes) = site[here], site[there]
+            site[here] = other, changes + 1
+            if sign == "/":
+                site[there] = mine, my_changes + 1
+        elif question:
+            motif, changes = site[here]
+            first = places.index(match.start(6))
+            for t, letter in enumerate(motif, first):
+                if t < len(tokens):
+                    yield t, words.index(letter), min(changes, 3)
+
+
 def slow_answers(task, tokens):
     """{position: (answer, level)}, from the tokens alone."""
     answers = {
@@ -141,5 +167,6 @@ def slow_answers(task, tokens):
         MultiQueryRecall: multi_query_answers,
         CodeVariables: text_answers,
         Boxes: text_answers,
+        Motif: motif_answers,
     }[type(task)]
     return {t: (answer, level) for t, answer, level in answers(task, tokens)}

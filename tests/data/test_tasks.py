@@ -14,6 +14,7 @@ from path_jax.data.draws import Draws
 from path_jax.data.examples import Examples, cut_examples
 from path_jax.data.flip_flop import IGNORE, ONE, READ, WRITE, ZERO, FlipFlop
 from path_jax.data.group_words import GroupWords
+from path_jax.data.motif import Motif
 from path_jax.data.recall import MultiQueryRecall, RepeatedRecall
 
 NUM_ROWS = 200
@@ -37,6 +38,9 @@ CASES = {
     "code_variables_wide": CodeVariables(150, num_variables=26, num_values=12, copies=0.2, conditions=0.4, prints=0.4),
     "code_variables_pieces": CodeVariables(96, num_variables=4, num_values=8, pieces=True),
     "boxes": Boxes(160),
+    "motif": Motif(128),
+    "motif_long": Motif(96, num_loci=2, motif_length=5, copies=0.2, exchanges=0.0, spacer_length=7, spacers=0.2),
+    "motif_letters": Motif(70, num_loci=9, motif_length=1, inversions=0.4, spacers=0.05, spacer_length=1),
     "boxes_few": Boxes(81, num_objects=1, num_boxes=2, moves=0.1, swaps=0.6, questions=0.3),
 }
 each_case = pytest.mark.parametrize("task", CASES.values(), ids=CASES)
@@ -161,6 +165,12 @@ def test_settings_have_defaults(name):
         ("boxes", 256, {"num_boxes": 1}, "num_boxes=1"),
         ("boxes", 256, {"swaps": 0.9}, "swaps=0.9"),
         ("boxes", 256, {"sizes": 3}, "sizes"),
+        ("motif", 29, {}, "length=29.*30"),
+        ("motif", 256, {"num_loci": 1}, "num_loci=1"),
+        ("motif", 256, {"motif_length": 0}, "motif_length=0"),
+        ("motif", 256, {"spacer_length": 0}, "spacer_length=0"),
+        ("motif", 256, {"spacers": 0.6}, "spacers=0.6"),
+        ("motif", 256, {"copies": -0.1}, "copies=-0.1"),
         ("chess", 256, {}, "chess"),
     ],
 )
@@ -287,7 +297,22 @@ def test_text_of_a_story():
     assert len(set(re.findall(r"The (\w+)", text)[:6])) == 6
 
 
-@pytest.mark.parametrize("task", [CodeVariables(), Boxes()], ids=["code_variables", "boxes"])
+def test_the_example_of_motifs():
+    """The text that the task describes itself with, and its own spelling of a row."""
+    task = Motif(60, num_loci=3)
+    text = " L0=ACG L1=TTA L2=GAC L0~ L1/L2CCAT L2<L0 L1?GAC L2?CGT"
+    tokens = [task.words.index(word) for word in re.findall(r" L\d|[^ ]", text)]
+    assert as_text(task.words, tokens) == text
+    answers = slow_answers(task, tokens)
+    assert ["".join(task.words[answers[t][0]] for t in sorted(answers))] == ["GACCGT"]
+    assert [answers[t][1] for t in sorted(answers)] == [1, 1, 1, 2, 2, 2]
+    row = as_text(task.words, examples_of(task, 1).tokens[0])
+    assert re.match(r"( L[0-2]=[ACGT]{3}){3}", row) and sorted(re.findall(r"L(\d)=", row)[:3]) == list("012")
+
+
+@pytest.mark.parametrize(
+    "task", [CodeVariables(), Boxes(), Motif(length=128)], ids=["code_variables", "boxes", "motif"]
+)
 def test_every_level_occurs(task):
     rows = examples_of(task, 300)
     counts = np.bincount(rows.level[rows.weights > 0], minlength=len(task.levels))

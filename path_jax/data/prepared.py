@@ -1,0 +1,348 @@
+"""Tokens that `python -m path_jax.data prepare` wrote, read from anywhere in their stream.
+
+A prepared directory holds
+
+    dataset.json                         what is below, and {"format", "tokenizer", "vocab_size", "bos_id", "dtype",
+                                         "record_tokens", "shards": [{"name", "tokens", "documents", "sha256"}, ...]}
+    shard-00000-of-00012.array_record    records of `record_tokens` little-endian ids, the last one of a shard shorter
+    tokenizer.json                       of a learned vocabulary
+
+and the files of its making, which readers ignore: plan.json and a shard-00000-of-00012.json for each shard. The shards
+follow each other as one stream of tokens. Every document of it begins with `bos_id`, and no document is in two shards.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import operator
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any, SupportsIndex
+
+import numpy as np
+from array_record.python.array_record_module import ArrayRecordReader
+from jaxtyping import Int32
+
+from path_jax.data.packing import Row, check_size, checked_index, concat_row, num_concat_rows
+from path_jax.data.text import Document
+
+FORMAT = 1
+MANIFEST, PLAN = "dataset.json", "plan.json"
+_MAX_JSON_BYTES = 2**30
+_READER_OPTIONS = "readahead_buffer_size:0"  # reads are random, and reading ahead takes threads
+_MAX_OPEN_SHARDS = 64
+_CACHED_RECORDS = 64  # so that one document after the other decodes a record once
+
+
+def shard_name(number: int, count: int) -> str:
+    """File name of a shard."""
+    return f"shard-{number:05d}-of-{count:05d}.array_record"
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    """The type that ids are stored in: 2 bytes where they fit, else 4."""
+    return np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """One file: its name, tokens, documents (that is, openers) and the SHA-256 of its bytes, in hexadecimal."""
+
+    name: str
+    tokens: int
+    documents: int
+    sha256: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """What `dataset.json` says.
+
+    Attributes:
+      tokenizer: {"kind": "bytes", "dna", "protein" or "learned", "sha256": of its description}.
+      vocab_size: Every id is below it; bos_id: opens a document; record_tokens: ids in a full record.
+      shards: In the order of the stream.
+    """
+
+    tokenizer: Mapping[str, str]
+    vocab_size: int
+    bos_id: int
+    record_tokens: int
+    shards: tuple[Shard, ...]
+
+
+def read_json(path: pathlib.Path) -> Any:
+    """What a JSON file holds; ValueError if it is not JSON."""
+    if path.stat().st_size > _MAX_JSON_BYTES:
+        raise ValueError(f"{path} has {path.stat().st_size} bytes; at most {_MAX_JSON_BYTES} are read")
+    try:
+        return json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not valid JSON: {str(error)[:200]}") from error
+
+
+def read_manifest(directory: str | os.PathLike[str]) -> Manifest:
+    """Reads and checks `dataset.json`.
+
+    Raises:
+      FileNotFoundError: There is none.
+      ValueError: It is malformed, of another format, or names a file that is not a shard of this directory.
+    """
+    directory = pathlib.Path(directory)
+    path = directory / MANIFEST
+    if not path.is_file():
+        reason = "its preparation did not end; run the same command again" if (directory / PLAN).is_file() else ""
+        raise FileNotFoundError(f"{directory} has no {MANIFEST}: {reason or 'it is not a prepared data set'}")
+    value = read_json(path)
+    try:
+        if value["format"] != FORMAT:
+            raise ValueError(f"{path} has format {value['format']}; this version reads format {FORMAT}")
+        count = lambda x, least: x if type(x) is int and x >= least else _refuse(x)
+        shards = tuple(
+            Shard(shard["name"], count(shard["tokens"], 0), count(shard["documents"], 0), str(shard["sha256"]))
+            for shard in value["shards"]
+        )
+        manifest = Manifest(
+            {key: str(value["tokenizer"][key]) for key in ("kind", "sha256")},
+            count(value["vocab_size"], 1), count(value["bos_id"], 0), count(value["record_tokens"], 1), shards,
+        )  # fmt: skip
+        dtype = value["dtype"]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is malformed: {type(error).__name__} {error}") from error
+    if dtype != token_dtype(manifest.vocab_size).name or manifest.bos_id >= manifest.vocab_size:
+        raise ValueError(f"{path}: dtype {dtype} and bos_id {manifest.bos_id} do not fit {manifest.vocab_size} ids")
+    for number, shard in enumerate(shards):
+        if shard.name != shard_name(number, len(shards)):
+            expected = shard_name(number, len(shards))
+            raise ValueError(f"{path} names {str(shard.name)[:200]!r} where {expected} belongs; nothing else is read")
+    return manifest
+
+
+def _refuse(value):
+    raise TypeError(f"{value!r} is not a valid number")
+
+
+class PreparedTokens:
+    """The stream of a prepared directory.
+
+    Attributes:
+      manifest: What it holds.
+      num_tokens: Length of the stream.
+    """
+
+    def __init__(self, directory: str | os.PathLike[str]):
+        """Reads the manifest; shards are opened when they are needed.
+
+        Raises:
+          FileNotFoundError, ValueError: See `read_manifest`.
+        """
+        self._directory = pathlib.Path(directory)
+        self.manifest = read_manifest(directory)
+        self._starts = np.cumsum([0, *(shard.tokens for shard in self.manifest.shards)])
+        self._first_documents = np.cumsum([0, *(shard.documents for shard in self.manifest.shards)])
+        self.num_tokens = int(self._starts[-1])
+        self._reader = functools.lru_cache(_MAX_OPEN_SHARDS)(self._opened)
+        self._record = functools.lru_cache(_CACHED_RECORDS)(self._decoded)
+        self._openers = functools.lru_cache(2)(self._found_openers)
+
+    def read(self, start: int, stop: int) -> Int32[np.ndarray, "n"]:
+        """Returns the stream's tokens [start, stop).
+
+        Raises:
+          OSError, ValueError: A shard is missing or damaged; names it.
+        """
+        size, parts = self.manifest.record_tokens, [np.zeros(0, np.int32)]
+        number = self._shard_at(start)
+        while start < stop:
+            place, end = start - int(self._starts[number]), min(stop, int(self._starts[number + 1]))
+            while start < end:
+                record, offset = divmod(place, size)
+                piece = self._record(number, record)[offset : offset + end - start]
+                parts.append(piece)
+                start, place = start + len(piece), place + len(piece)
+            number += 1
+        return np.concatenate(parts, dtype=np.int32)
+
+    def documents_until(self, place: int) -> int:
+        """Number of documents that begin in [0, place]."""
+        number = self._shard_at(place)
+        return int(self._first_documents[number] + np.searchsorted(self._openers(number), place, side="right"))
+
+    def document_start(self, number: int) -> int:
+        """Where a document begins; the length of the stream for the number of documents."""
+        if number == self._first_documents[-1]:
+            return self.num_tokens
+        shard = int(np.searchsorted(self._first_documents, number, side="right")) - 1
+        return int(self._openers(shard)[number - self._first_documents[shard]])
+
+    def split(self, heldout_fraction: float) -> tuple["PreparedRange", "PreparedRange"]:
+        """Cuts the stream in two: what comes first to learn from, the end for evaluation.
+
+        The cut is at the border of documents next to the fraction. It is inside a document only where that border
+        would change the held-out share by more than half. It depends on nothing else, so every run on these data holds
+        out the same text; the order of the sources decides which.
+
+        Raises:
+          ValueError: There are fewer than 2 tokens.
+        """
+        if self.num_tokens < 2:
+            raise ValueError(f"{self._directory} has {self.num_tokens} tokens; two sides need at least 2")
+        goal = min(max(round((1 - heldout_fraction) * self.num_tokens), 1), self.num_tokens - 1)
+        number = self.documents_until(goal)
+        borders = [self.document_start(n) for n in (number - 1, number) if n > 0]
+        near = [x for x in borders if 0 < x < self.num_tokens and 2 * abs(x - goal) <= self.num_tokens - goal]
+        cut = min(near, key=lambda x: abs(x - goal), default=goal)
+        return PreparedRange(self, 0, cut), PreparedRange(self, cut, self.num_tokens)
+
+    def _shard_at(self, place: int) -> int:
+        """The shard that holds a place of the stream."""
+        return int(np.searchsorted(self._starts[1:-1], place, side="right"))
+
+    def _found_openers(self, number: int) -> np.ndarray:
+        """Where the documents of a shard begin in the stream; int64 [documents]."""
+        shard, start = self.manifest.shards[number], int(self._starts[number])
+        found = [np.zeros(0, np.int64)]
+        for record in range(-(-shard.tokens // self.manifest.record_tokens)):
+            # Not by the cached records, which those of the whole shard would drive out.
+            is_opener = self._decoded(number, record) == self.manifest.bos_id
+            found.append(np.flatnonzero(is_opener) + start + record * self.manifest.record_tokens)
+        openers = np.concatenate(found)
+        if len(openers) != shard.documents:
+            raise self._damaged(number, f"has {len(openers)} documents, not {shard.documents}")
+        return openers
+
+    def _decoded(self, number: int, record: int) -> np.ndarray:
+        reader, shard = self._reader(number), self.manifest.shards[number]
+        dtype, size = token_dtype(self.manifest.vocab_size), self.manifest.record_tokens
+        try:
+            data = reader.read([record])[0]
+        except (RuntimeError, IndexError) as error:
+            raise self._damaged(number, f"cannot be read: {' '.join(str(error).split())[:120]}") from error
+        if len(data) != dtype.itemsize * min(size, shard.tokens - record * size):
+            raise self._damaged(number, f"has {len(data)} bytes in record {record}")
+        tokens = np.frombuffer(data, dtype)
+        if int(tokens.max()) >= self.manifest.vocab_size:
+            raise self._damaged(number, f"has id {tokens.max()} with {self.manifest.vocab_size} ids")
+        return tokens
+
+    def _opened(self, number: int) -> ArrayRecordReader:
+        shard = self.manifest.shards[number]
+        path = shard_path(self._directory, shard)
+        try:
+            reader = ArrayRecordReader(str(path), _READER_OPTIONS)
+            num_records = reader.num_records()  # 0 for a file that was cut off
+        except (RuntimeError, ValueError) as error:
+            raise self._damaged(number, f"cannot be read: {' '.join(str(error).split())[:120]}") from error
+        expected = -(-shard.tokens // self.manifest.record_tokens)
+        if num_records != expected:
+            raise self._damaged(number, f"has {num_records} of {expected} records")
+        return reader
+
+    def _damaged(self, number: int, reason: str) -> ValueError:
+        path = self._directory / self.manifest.shards[number].name
+        return ValueError(f"{path} {reason}; run: python -m path_jax.data verify {self._directory}")
+
+
+def shard_path(directory: pathlib.Path, shard: Shard) -> pathlib.Path:
+    """The file of a shard.
+
+    Raises:
+      FileNotFoundError: There is none.
+      ValueError: It is a link that leads out of the directory.
+    """
+    path = directory / shard.name
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing; run: python -m path_jax.data verify {directory}")
+    if path.resolve().parent != directory.resolve():
+        raise ValueError(f"{path} is a link to {path.resolve()}, outside the directory; copy the file there")
+    return path
+
+
+class PreparedRange(Sequence[Document]):
+    """Documents in the stream's [start, stop), read when they are indexed. One that is cut there counts as one.
+
+    Attributes:
+      stream: The whole stream; start, stop: the range.
+    """
+
+    def __init__(self, stream: PreparedTokens, start: int, stop: int):
+        self.stream, self.start, self.stop = stream, start, stop
+
+    @functools.cached_property
+    def _first(self) -> int:
+        """Number of documents that begin at `start` or before."""
+        return self.stream.documents_until(self.start)
+
+    @functools.cached_property
+    def _length(self) -> int:
+        return 1 + self.stream.documents_until(self.stop - 1) - self._first
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: SupportsIndex) -> Document:
+        """A document, named by its number in the stream."""
+        number = self._first - 1 + checked_index(index, len(self))
+        start = max(self.start, self.stream.document_start(number))
+        stop = min(self.stop, self.stream.document_start(number + 1))
+        return Document(f"document {number}", self.stream.read(start, stop))
+
+
+class PreparedRows:
+    """Rows of the concat packing: what `PackedRows` makes of the same documents, read from the stream."""
+
+    def __init__(self, tokens: PreparedRange, sequence_length: int):
+        """Reads nothing yet.
+
+        Raises:
+          ValueError: T < 1, or fewer than T + 1 tokens.
+        """
+        check_size(tokens.stop - tokens.start, sequence_length)
+        self._tokens, self.sequence_length = tokens, sequence_length
+        self._num_rows = num_concat_rows(tokens.stop - tokens.start, sequence_length)
+
+    def __len__(self) -> int:
+        return self._num_rows
+
+    def __getitem__(self, index: SupportsIndex) -> Row:
+        """Returns row `index` in [0, len): the fields of `Batch`, each [T]."""
+        side = self._tokens
+        start = side.start + checked_index(operator.index(index), self._num_rows) * self.sequence_length
+        tokens = side.stream.read(start, min(start + self.sequence_length + 1, side.stop))
+        openers = np.flatnonzero(tokens[1:] == side.stream.manifest.bos_id) + 1
+        return concat_row(np.split(tokens, openers), self.sequence_length)
+
+
+def file_sha256(path: pathlib.Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def damaged_shards(directory: str | os.PathLike[str], on_shard=lambda: None) -> dict[str, str]:
+    """Reads every shard of a prepared directory and compares its checksum.
+
+    Args:
+      directory: The prepared directory.
+      on_shard: Called after each shard.
+
+    Returns:
+      {name of a shard: what is wrong with it}; empty if all are whole.
+
+    Raises:
+      FileNotFoundError, ValueError: See `read_manifest`.
+    """
+    directory, damaged = pathlib.Path(directory), {}
+    for shard in read_manifest(directory).shards:
+        try:
+            found = file_sha256(shard_path(directory, shard))
+            if found != shard.sha256:
+                damaged[shard.name] = f"SHA-256 is {found[:16]}..., not {shard.sha256[:16]}..."
+        except FileNotFoundError:
+            damaged[shard.name] = "is missing"
+        except (OSError, ValueError) as error:
+            damaged[shard.name] = str(error)
+        on_shard()
+    return damaged
