@@ -1,9 +1,9 @@
 """Motifs of DNA, written at loci and then moved, copied and inverted: a question asks what stands at a locus now.
 
-    L0=ACG L1=TTA L2=GAC L0~ L1/L2 CCAT L2<L0 L1?GAC L2?CGT
+    L0=ACG L1=TTA L2=GAC L0~ L1/ L2CCAT L2< L0 L1?GAC L2?CGT
 
 `L0=ACG` writes a motif, `L0~` inverts a locus (its motif becomes the reverse complement, which is what the other strand
-reads), `L1/L2` exchanges the motifs of two loci, `L2<L0` copies that of L0 to L2, and `L1?GAC` asks: the letters after
+reads), `L1/ L2` exchanges the motifs of two loci, `L2< L0` copies that of L0 to L2, and `L1?GAC` asks: the letters after
 the question mark are scored. Letters outside of these are spacers and mean nothing. Every row begins by writing all
 loci in random order; it is cut after `length` tokens, be it within an event. To answer, a model follows the motif from
 locus to locus and tells whether it was inverted an odd number of times; a motif of odd length is never its own reverse
@@ -97,10 +97,10 @@ class Motif:
         bounds = np.cumsum(self._shares)
         kind = np.select([chance < bound for bound in bounds], [INVERT, EXCHANGE, COPY, QUESTION, SPACER], WRITE)
         locus = draws.integers(self.num_loci, count).T
-        other = (locus + 1 + draws.integers(self.num_loci - 1, count).T) % self.num_loci
         letters = np.ascontiguousarray(draws.integers(len(BASES), count, max(size, self.spacer_length)).swapaxes(0, 1))
         kind[: self.num_loci] = WRITE
         locus[: self.num_loci] = draws.permutations(self.num_loci).T
+        other = (locus + 1 + draws.integers(self.num_loci - 1, count).T) % self.num_loci
         changes = self._run(kind, locus, other, letters)
 
         num_rows = kind.shape[1]

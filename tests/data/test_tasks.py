@@ -300,7 +300,7 @@ def test_text_of_a_story():
 def test_the_example_of_motifs():
     """The text that the task describes itself with, and its own spelling of a row."""
     task = Motif(60, num_loci=3)
-    text = " L0=ACG L1=TTA L2=GAC L0~ L1/L2CCAT L2<L0 L1?GAC L2?CGT"
+    text = " L0=ACG L1=TTA L2=GAC L0~ L1/ L2CCAT L2< L0 L1?GAC L2?CGT"
     tokens = [task.words.index(word) for word in re.findall(r" L\d|[^ ]", text)]
     assert as_text(task.words, tokens) == text
     answers = slow_answers(task, tokens)
