@@ -21,7 +21,7 @@ from rich.console import Console
 
 from path_jax import report
 from path_jax.checkpoints.native import read_config, restore_params
-from path_jax.data import Corpus, DataConfig, file_documents, make_corpus, token_file_documents
+from path_jax.data import Corpus, DataConfig, documents_at, make_corpus
 from path_jax.evaluation.eval_report import Evaluated, comparison_table, write_eval_report
 from path_jax.evaluation.pretrained import codec_of_run, load_with_text, vocabulary_of
 from path_jax.evaluation.runner import make_all_evaluators, make_evaluators, run
@@ -48,8 +48,7 @@ def _load_corpus(data: DataConfig, names) -> Corpus:
         return make_corpus(data)
     if data.source == "task":
         raise ValueError(f"the run was trained on the task {data.task}, which --data={_DATA.value} cannot replace")
-    is_tokens = data.source == "tokens"
-    heldout = token_file_documents(_DATA.value, data.bos_id) if is_tokens else file_documents(_DATA.value)
+    heldout = documents_at(data, _DATA.value)
     # The run's own text may be gone by now, and only the byte model learns from it.
     train = make_corpus(data).train if "byte_baselines" in names else ()
     return Corpus(train, heldout, 1 + max(int(document.tokens.max()) for document in heldout))

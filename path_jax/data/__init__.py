@@ -3,7 +3,7 @@
 from path_jax.data.batch import Batch
 from path_jax.data.config import DataConfig
 from path_jax.data.examples import Examples, Task, as_text
-from path_jax.data.fasta import ALPHABETS, fasta_documents
+from path_jax.data.fasta import ALPHABETS, Alphabet, fasta_documents
 from path_jax.data.loader import make_corpus, make_iterator
 from path_jax.data.mixture import Mixture
 from path_jax.data.packing import PackedRows, first_fit_rows
@@ -20,9 +20,11 @@ from path_jax.data.text import (
     token_file_documents,
 )
 from path_jax.data.tokenizer import ByteTokenizer, LearnedTokenizer, load_tokenizer, vocabulary_tokenizer
+from path_jax.data.vocabulary import documents_at, encoding_of
 
 __all__ = [
     "ALPHABETS",
+    "Alphabet",
     "TASKS",
     "Batch",
     "ByteTokenizer",
@@ -40,6 +42,8 @@ __all__ = [
     "TaskStream",
     "as_batch",
     "as_text",
+    "documents_at",
+    "encoding_of",
     "fasta_documents",
     "file_documents",
     "first_fit_rows",

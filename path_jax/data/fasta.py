@@ -31,12 +31,12 @@ class Alphabet:
     Attributes:
       name: `dna` or `protein`.
       letters: In the order of their ids.
-      synonyms: Letters that are read as others.
+      synonyms: Pairs of a letter and the one that it is read as.
     """
 
     name: str
     letters: str
-    synonyms: dict[str, str] = dataclasses.field(default_factory=dict)
+    synonyms: tuple[tuple[str, str], ...] = ()
 
     @property
     def bos_id(self) -> int:
@@ -54,7 +54,7 @@ class Alphabet:
         table = np.full(256, _INVALID, np.uint8)
         for number, letter in enumerate(self.letters):
             table[[ord(letter), ord(letter.lower())]] = number
-        for letter, other in self.synonyms.items():
+        for letter, other in self.synonyms:
             table[[ord(letter), ord(letter.lower())]] = self.letters.index(other)
         return table
 
@@ -79,9 +79,9 @@ class Alphabet:
 
 ALPHABETS = {
     # The codes for two or three possible bases say no more than N does to a model of so few letters; U is T in RNA.
-    "dna": Alphabet("dna", "ACGTN", {letter: "N" for letter in "RYKMSWBDHV"} | {"U": "T"}),
+    "dna": Alphabet("dna", "ACGTN", (*((letter, "N") for letter in "RYKMSWBDHV"), ("U", "T"))),
     # The 20 amino acids; X any, B D or N, Z E or Q, U selenocysteine, O pyrrolysine, * stop. J (I or L) is read as X.
-    "protein": Alphabet("protein", "ACDEFGHIKLMNPQRSTVWYXBZUO*", {"J": "X"}),
+    "protein": Alphabet("protein", "ACDEFGHIKLMNPQRSTVWYXBZUO*", (("J", "X"),)),
 }
 
 

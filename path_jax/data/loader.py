@@ -84,26 +84,21 @@ def make_corpus(config: DataConfig) -> Corpus:
 
 def _mixture(config: DataConfig) -> Corpus:
     """The parts' sides, which must have one vocabulary."""
-    corpora = {name: make_corpus(part) for name, part in config.part_configs().items()}
-    found: dict[str, tuple] = {}
-    tokenizers = set()
-    for name, part in config.part_configs().items():
-        found[name] = (corpora[name].vocab_size, _bos_id(part, corpora[name]))
-        if isinstance(train := corpora[name].train, PreparedRange):
-            tokenizers.add(tuple(train.stream.manifest.tokenizer.items()))
+    configs = config.part_configs()
+    corpora = {name: make_corpus(part) for name, part in configs.items()}
+    found, tokenizers = {}, set()
+    for name, part in configs.items():
+        manifest = corpora[name].train.stream.manifest if part.source == "prepared" else None
+        tokenizers |= {tuple(manifest.tokenizer.items())} if manifest else set()
+        bos_id = ALPHABETS[part.alphabet].bos_id if part.source == "fasta" else part.bos_id
+        found[name] = (corpora[name].vocab_size, manifest.bos_id if manifest else bos_id)
     if len(set(found.values())) > 1 or len(tokenizers) > 1:
         described = ", ".join(f"{name} {size} ids opened by {bos_id}" for name, (size, bos_id) in found.items())
         raise ValueError(f"the parts of a mixture need one vocabulary, and these have others: {described}")
     weights = config.part_weights()
     train = Mixture({name: corpus.train for name, corpus in corpora.items()}, weights)
     heldout = Mixture({name: corpus.heldout for name, corpus in corpora.items()}, weights).in_proportion()
-    return Corpus(train, heldout, next(iter(found.values()))[0])
-
-
-def _bos_id(config: DataConfig, corpus: Corpus) -> int:
-    if isinstance(corpus.train, PreparedRange):
-        return corpus.train.stream.manifest.bos_id
-    return ALPHABETS[config.alphabet].bos_id if config.source == "fasta" else config.bos_id
+    return Corpus(train, heldout, next(iter(corpora.values())).vocab_size)
 
 
 def make_iterator(

@@ -27,8 +27,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 
 from path_jax.data.fasta import ALPHABETS
 from path_jax.data.prepared import FORMAT, MANIFEST, PLAN, file_sha256, read_json, shard_name, token_dtype
-from path_jax.data.source_files import Encoding, Part, SourceFile, check_kinds, cut_parts, part_tokens
-from path_jax.data.tokenizer import ByteTokenizer, load_tokenizer
+from path_jax.data.source_files import Encoding, Part, SourceFile, check_kinds, cut_parts, part_tokens, stored_tokenizer
 
 RECORD_TOKENS = 2**14  # small enough that a row decodes little else, large enough to compress well
 DEFAULT_SHARD_BYTES = 2**26
@@ -284,8 +283,7 @@ def _records(parts: Sequence[Part], encoding: Encoding) -> Iterator[np.ndarray]:
 def _encoding(output: str, kind: str, sha256: str, bos_id: int, vocab_size: int, text_key: str) -> Encoding:
     """The encoding of a prepared directory; `sha256` tells one from the next."""
     del sha256
-    tokenizer = load_tokenizer(output) if kind == "learned" else ALPHABETS.get(kind, ByteTokenizer())
-    return Encoding(kind, tokenizer, bos_id, vocab_size, text_key)
+    return Encoding(kind, stored_tokenizer(output, kind), bos_id, vocab_size, text_key)
 
 
 def _note(path: pathlib.Path) -> pathlib.Path:

@@ -15,7 +15,7 @@ import numpy as np
 
 from path_jax.data.fasta import ALPHABETS, SUFFIXES, Alphabet, is_fasta, lines_before, read_fasta, stored_lines
 from path_jax.data.text import standard_library_files, visible_files
-from path_jax.data.tokenizer import ByteTokenizer, LearnedTokenizer
+from path_jax.data.tokenizer import ByteTokenizer, LearnedTokenizer, load_tokenizer
 
 KINDS = ("text", "jsonl", "fasta")
 _CHUNK_BYTES = 2**20
@@ -70,7 +70,25 @@ class Encoding:
     def opened(self, text: str | bytes) -> np.ndarray:
         """Tokens of a document. A vocabulary that opens texts with the same token by itself does so once."""
         ids = self.tokenizer.encode(text)
-        return ids if len(ids) and ids[0] == self.bos_id else np.concatenate([[self.bos_id], ids])
+        if len(ids) and ids[0] == self.bos_id:
+            return ids
+        return np.concatenate([np.array([self.bos_id], np.int32), ids])
+
+
+def stored_tokenizer(directory: str | os.PathLike[str], kind: str) -> ByteTokenizer | Alphabet | LearnedTokenizer:
+    """The tokenizer of a prepared directory.
+
+    Raises:
+      ValueError: The kind is unknown, or the directory has no learned vocabulary.
+      ImportError: The package tokenizers is not installed.
+    """
+    if kind != "learned":
+        if kind not in ("bytes", *ALPHABETS):
+            raise ValueError(f"{directory} has a tokenizer of the unknown kind {kind[:100]!r}")
+        return ALPHABETS.get(kind, ByteTokenizer())
+    if (tokenizer := load_tokenizer(directory)) is None:
+        raise ValueError(f"{directory} has no tokenizer.json")
+    return tokenizer
 
 
 def list_files(sources: Sequence[str], kind: str | None) -> list[SourceFile]:

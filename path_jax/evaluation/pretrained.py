@@ -14,6 +14,7 @@ from path_jax.data import (
     ByteTokenizer,
     Corpus,
     DataConfig,
+    encoding_of,
     LearnedTokenizer,
     file_documents,
     load_tokenizer,
@@ -71,14 +72,14 @@ def load_with_text(path: Path, data: str | None) -> Pretrained:
 
 
 def codec_of_run(config: Mapping[str, Any]) -> TextCodec | None:
-    """How a run of train.py turns text into ids: as bytes, or with a vocabulary that lies beside its token files, or
-    with that of the checkpoint that it started from. None where it has no text, or nothing says which vocabulary.
+    """How a run of train.py turns text into ids: as its data do, or with a vocabulary that lies beside its token files,
+    or with that of the checkpoint that it started from. None where it has no text, or nothing says which vocabulary.
     """
     data, model = DataConfig(**config["data"]), ModelConfig(**config["model"])
     if data.source == "task":
         return None
-    if data.source != "tokens":
-        return TextCodec.of(ByteTokenizer(), model.vocab_size)
+    if (encoding := encoding_of(data)) is not None:
+        return TextCodec.of(encoding.tokenizer, model.vocab_size, encoding.bos_id)
     for path in filter(None, (data.path, config.get("conversion", {}).get("start"))):
         if Path(path).exists():
             try:

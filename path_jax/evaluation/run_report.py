@@ -16,7 +16,7 @@ import numpy as np
 from rich.table import Table
 
 from path_jax import report
-from path_jax.data import ByteTokenizer, DataConfig
+from path_jax.data import ByteTokenizer, DataConfig, encoding_of
 from path_jax.models import DecoderLM, ModelConfig
 from path_jax.models.generate import generate
 
@@ -176,7 +176,8 @@ def _unit(config: Mapping[str, Any]) -> tuple[str, float]:
 
 
 def _is_bytes(config: Mapping[str, Any]) -> bool:
-    return DataConfig(**config["data"]).source not in ("tokens", "task")
+    encoding = encoding_of(DataConfig(**config["data"]))
+    return encoding is not None and encoding.kind == "bytes"
 
 
 def _stage(config: Mapping[str, Any]) -> str:

@@ -7,7 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Int32
 
-from path_jax.data import ByteTokenizer, LearnedTokenizer
+from path_jax.data import Alphabet, ByteTokenizer, LearnedTokenizer
+
+Tokenizer = ByteTokenizer | Alphabet | LearnedTokenizer
 
 
 def opening_of(tokenizer: LearnedTokenizer) -> tuple[int, ...]:
@@ -26,15 +28,17 @@ class TextCodec:
       num_own: How many ids the tokenizer's own rules put there, which `opening` replaces.
     """
 
-    tokenizer: ByteTokenizer | LearnedTokenizer
+    tokenizer: Tokenizer
     opening: tuple[int, ...] = ()
     num_own: int = 0
 
     @classmethod
-    def of(cls, tokenizer: ByteTokenizer | LearnedTokenizer, vocab_size: int, bos_id: int | None = None) -> "TextCodec":
+    def of(cls, tokenizer: Tokenizer, vocab_size: int, bos_id: int | None = None) -> "TextCodec":
         """For a model with `vocab_size` ids; texts open with `bos_id`, or as the tokenizer has it."""
         if isinstance(tokenizer, ByteTokenizer):
             return cls(tokenizer, (tokenizer.bos_id,) if vocab_size > tokenizer.bos_id else ())
+        if isinstance(tokenizer, Alphabet):
+            return cls(tokenizer, (tokenizer.bos_id,))
         own = opening_of(tokenizer)
         return cls(tokenizer, own if bos_id is None else (bos_id,), len(own))
 
