@@ -3,7 +3,7 @@
     python train.py --config=configs/dna.py:mixer=path_fox,size=debug --workdir=runs/motif_path_fox
     python -m path_jax.sweep --config=configs/dna.py --vary mixer=path_fox,rope --vary seed=0,1,2 \
         --select lr=1e-3,3e-3 --output=runs/motif
-    python train.py --config=configs/dna.py:task=fasta,mixer=rope --config.data.path=genome.fa --workdir=runs/genome_rope
+    python train.py --config=configs/dna.py:task=fasta,mixer=rope --config.data.path=genome.fa --workdir=runs/genome
 
 Argument: task = motif | fasta, size = small | debug, mixer = path_fox | rope, alphabet = dna | protein (of FASTA), lr,
 seed, steps.

@@ -2,12 +2,12 @@
 
     L0=ACG L1=TTA L2=GAC L0~ L1/ L2CCAT L2< L0 L1?GAC L2?CGT
 
-`L0=ACG` writes a motif, `L0~` inverts a locus (its motif becomes the reverse complement, which is what the other strand
-reads), `L1/ L2` exchanges the motifs of two loci, `L2< L0` copies that of L0 to L2, and `L1?GAC` asks: the letters after
-the question mark are scored. Letters outside of these are spacers and mean nothing. Every row begins by writing all
-loci in random order; it is cut after `length` tokens, be it within an event. To answer, a model follows the motif from
-locus to locus and tells whether it was inverted an odd number of times; a motif of odd length is never its own reverse
-complement.
+`L0=ACG` writes a motif, `L0~` inverts a locus (its motif becomes the reverse complement, which is what the other
+strand reads), `L1/ L2` exchanges the motifs of two loci, `L2< L0` copies that of L0 to L2, and `L1?GAC` asks: the
+letters after the question mark are scored. Letters outside of these are spacers and mean nothing. Every row begins by
+writing all loci in random order; it is cut after `length` tokens, be it within an event. To answer, a model follows the
+motif from locus to locus and tells whether it was inverted an odd number of times; a motif of odd length is never its
+own reverse complement.
 
 Rows are tokens, and text through `as_text(task.words, tokens)`. Mutations, overlapping motifs and nested inversions of
 several loci are not part of it. The task is ours; it has the operations of genome rearrangement (inversion,
