@@ -1,10 +1,11 @@
 """Trains a checkpoint further, made here or elsewhere, in any format that loads.
 
-    python -m path_jax.tokenize --checkpoint=smollm2.gguf --data=texts --output=tokens
-    python train.py --config=configs/continued.py:checkpoint=smollm2.gguf --config.data.path=tokens --workdir=runs/more
+    python -m path_jax.data prepare texts --tokenizer=smollm2.gguf --output=tokens
+    python train.py --config=configs/continued.py:checkpoint=smollm2.gguf --config.data.source=prepared \
+        --config.data.path=tokens --workdir=runs/more
 
 Argument: checkpoint = a directory or a .gguf file. The model is the checkpoint's, computing in bfloat16. Byte-level
-models read the standard library unless told otherwise; others token files, whose settings `path_jax.tokenize` prints.
+models read the standard library unless told otherwise; others tokens of the checkpoint's own vocabulary.
 
 The recipe is lm_path.py's with a tenth of its peak learning rate: a thousand steps of 32 sequences of 1024 tokens.
 """

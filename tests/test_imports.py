@@ -18,6 +18,7 @@ ALLOWED = {
     "path_jax.mixers": ["path_jax.nn", "path_jax.parallel", "pallas_kernels"],
     "path_jax.models": ["path_jax.mixers", "path_jax.nn", "path_jax.parallel"],
     "path_jax.data": [],
+    "path_jax.data.__main__": ["path_jax"],
     "path_jax.checkpoints": ["path_jax.models", "path_jax.parallel"],
     "path_jax.checkpoints.__main__": ["path_jax"],
     "path_jax.training": [f"path_jax.{p}" for p in ("models", "data", "parallel", "checkpoints", "metrics", "nn.taps")],
@@ -39,7 +40,6 @@ ALLOWED = {
     "path_jax.generate": ["path_jax"],
     "path_jax.run": ["path_jax"],
     "path_jax.sweep": ["path_jax"],
-    "path_jax.tokenize": ["path_jax"],
     "configs": ["configs"],
     "configs.continued": ["configs", "path_jax.checkpoints"],  # its model is a checkpoint's
     "benchmarks": [],
@@ -72,6 +72,7 @@ CONFINED = {
     ],
     "safetensors": ["path_jax.checkpoints.shards"],
     "tokenizers": ["path_jax.data.tokenizer"],
+    "array_record": ["path_jax.data.prepare", "path_jax.data.prepared"],
     "lm_eval": ["path_jax.evaluation.lm_eval"],
     "gguf": ["path_jax.checkpoints.gguf"],
     "flax": ["path_jax"],

@@ -11,13 +11,15 @@ import time
 
 import numpy as np
 import pytest
+from checkpoints.synthetic import GGUF, random_params, write_gguf
 
+from path_jax.data import DataConfig, encoding_of
 from path_jax.data.__main__ import main
 from path_jax.data.fasta import ALPHABETS
 from path_jax.data.prepare import RECORD_TOKENS, prepare
 from path_jax.data.prepared import PreparedTokens, damaged_shards, read_manifest
 from path_jax.data.source_files import Encoding, Part, cut_parts, list_files, part_tokens
-from path_jax.data.tokenizer import ByteTokenizer
+from path_jax.data.tokenizer import ByteTokenizer, LearnedTokenizer, load_tokenizer
 
 BYTES = Encoding("bytes", ByteTokenizer(), 256, 257)
 DNA = Encoding("dna", ALPHABETS["dna"], 5, 6)
@@ -337,7 +339,56 @@ def test_command_prepares_fasta(tmp_path, capsys):
     assert stream_of(output) == [5, 0, 1, 2, 3, 4, 5, 0, 1, 2, 3]
 
 
-def test_bad_commands_are_one_line(tmp_path):
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A vocabulary of a, b, ab and the end of a text, 3."""
+    path = tmp_path_factory.mktemp("vocabulary") / "model.gguf"
+    return write_gguf(path, random_params(GGUF), change=lambda writer: writer.add_eos_token_id(3))
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_learned_vocabularies_travel_with_the_tokens(checkpoint, tmp_path, workers, capsys):
+    (tmp_path / "texts").mkdir()
+    for name, text in (("0.txt", "abba"), ("1.txt", "b"), ("2.txt", "<|end|>a")):
+        (tmp_path / "texts" / name).write_text(text)
+    output = tmp_path / "tokens"
+    arguments = ["prepare", str(tmp_path / "texts"), f"--output={output}", "--shard-bytes=4"]
+    main([*arguments, f"--tokenizer={checkpoint}", f"--workers={workers}"])
+    printed = capsys.readouterr().out
+    assert "3 documents, 8 tokens, 2 shards" in printed
+    assert f"--config.data.path={output}, for a model with vocab_size={read_manifest(output).vocab_size}" in printed
+    assert stream_of(output) == [3, 2, 1, 0, 3, 1, 3, 0]  # a text that opens itself is not opened twice
+    encoding = encoding_of(DataConfig(source="prepared", path=str(output)))
+    assert (encoding.kind, encoding.bos_id) == ("learned", 3) and encoding.opened("ab").tolist() == [3, 2]
+    before = prepared_files(output)
+    with pytest.raises(SystemExit, match="begun with vocab_size 40, not 4; choose another --output"):
+        main([*arguments, f"--tokenizer={output / 'tokenizer.json'}", "--bos-id=2"])
+    with pytest.raises(SystemExit, match="begun with tokenizer.*bytes"):
+        main(arguments)
+    assert prepared_files(output) == before
+    (output / "tokenizer.json").unlink()
+    assert encoding_of(DataConfig(source="prepared", path=str(output))) is None
+
+
+def test_vocabularies_of_escaped_text_stay_so(checkpoint, tmp_path):
+    """The flag lies in a second file, and both count for the checksum."""
+    (tmp_path / "a.txt").write_text("a\nb")
+    vocabulary = tmp_path / "vocabulary"
+    vocabulary.mkdir()
+    (tmp_path / "b.txt").write_text("ab")
+    main(["prepare", str(tmp_path / "b.txt"), f"--output={tmp_path / 'plain'}", f"--tokenizer={checkpoint}"])
+    tokenizer = LearnedTokenizer(load_tokenizer(tmp_path / "plain")._tokenizer, is_json_escaped=True)
+    for name, content in tokenizer.files().items():
+        (vocabulary / name).write_bytes(content)
+    arguments = ["prepare", str(tmp_path / "b.txt"), f"--tokenizer={vocabulary}", "--bos-id=3"]
+    main([*arguments, f"--output={tmp_path / 'escaped'}"])
+    again = load_tokenizer(tmp_path / "escaped")
+    assert again._is_json_escaped and not load_tokenizer(tmp_path / "plain")._is_json_escaped
+    checksums = [read_manifest(tmp_path / name).tokenizer["sha256"] for name in ("plain", "escaped")]
+    assert checksums[0] != checksums[1]
+
+
+def test_bad_commands_are_one_line(checkpoint, tmp_path):
     (tmp_path / "a.txt").write_text("a")
     (tmp_path / "a.fa").write_text(">x\nAC\n")
     (tmp_path / "none").mkdir()
@@ -351,6 +402,7 @@ def test_bad_commands_are_one_line(tmp_path):
         ([text, f"--tokenizer={tmp_path / 'none'}"], "has no tokenizer.json"),
         ([text, f"--tokenizer={text}"], "not named tokenizer.json"),
         ([text, "--bos-id=3"], "--bos-id=3"),
+        ([text, f"--tokenizer={checkpoint}", "--bos-id=40"], "--bos-id=40"),
         ([text, "--workers=0"], "workers=0"),
         ([text, "--shard-bytes=0"], "shard_bytes=0"),
     ):
