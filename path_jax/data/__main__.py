@@ -83,6 +83,9 @@ def _encoding(spec: str, bos_id: int | None, text_key: str) -> Encoding:
 
 
 def _prepare(args: argparse.Namespace) -> str:
+    for source in args.sources:
+        if Path(source).is_dir() and args.output.resolve().is_relative_to(Path(source).resolve()):
+            raise ValueError(f"--output={args.output} is in {source}, and would be read with it; put it elsewhere")
     files = list_files(args.sources, args.format)
     encoding = _encoding(args.tokenizer, args.bos_id, args.text_key)
     columns = BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()

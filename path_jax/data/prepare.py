@@ -249,14 +249,14 @@ def _write_shard(job: _Job) -> None:
     # A worker that outlives its killed parent by a moment must not meet the next one's file.
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     num_tokens = num_documents = 0
-    writer = ArrayRecordWriter(str(temporary), _WRITER_OPTIONS)
     try:
-        for record in _records(job.parts, encoding):
-            num_tokens += len(record)
-            num_documents += int((record == encoding.bos_id).sum())
-            writer.write(record.tobytes())
-    finally:
-        writer.close()
+        with contextlib.closing(ArrayRecordWriter(str(temporary), _WRITER_OPTIONS)) as writer:
+            for record in _records(job.parts, encoding):
+                num_tokens += len(record)
+                num_documents += int((record == encoding.bos_id).sum())
+                writer.write(record.tobytes())
+    except RuntimeError as error:  # of the writer, such as for a full disk
+        raise OSError(f"{path} cannot be written: {' '.join(str(error).split())[:200]}") from error
     _flush(temporary)
     digest = file_sha256(temporary)
     os.replace(temporary, path)
@@ -295,8 +295,9 @@ def _finished(output: pathlib.Path, number: int, count: int) -> dict[str, Any] |
     path = output / shard_name(number, count)
     try:
         note = read_json(_note(path))
-        return note if path.stat().st_size == note["bytes"] else None
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        is_whole = set(note) == {"tokens", "documents", "sha256", "bytes"} and path.stat().st_size == note["bytes"]
+        return note if is_whole else None
+    except (FileNotFoundError, ValueError, TypeError):
         return None
 
 

@@ -200,6 +200,30 @@ def test_two_preparations_of_one_directory_are_refused(texts, tmp_path):
     run(texts, tmp_path / "out")
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_full_disk_is_one_line_and_the_rest_is_kept(texts, whole, tmp_path, workers):
+    """Files may have 140 kB here, which the longest document does not fit into."""
+    program = (
+        "import resource, signal, sys\nfrom path_jax.data.__main__ import main\n"
+        "if __name__ == '__main__':\n"
+        "    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "    resource.setrlimit(resource.RLIMIT_FSIZE, (140_000, 140_000))\n"
+        "    main(sys.argv[1:])\n"
+    )
+    (tmp_path / "limited.py").write_text(program)
+    arguments = ["prepare", str(texts), f"--output={tmp_path / 'out'}", "--shard-bytes=20000", f"--workers={workers}"]
+    environment = os.environ | {"PYTHONPATH": os.getcwd()}
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / "limited.py"), *arguments], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "array_record cannot be written: " in done.stderr.splitlines()[-1]
+    assert not (tmp_path / "out" / "dataset.json").exists()
+    result = run(texts, tmp_path / "out")
+    assert 0 < result.kept < result.shards
+    assert prepared_files(tmp_path / "out") == prepared_files(whole)
+
+
 def damage(path, kind):
     data = bytearray(path.read_bytes())
     if kind == "missing":
@@ -403,6 +427,7 @@ def test_bad_commands_are_one_line(checkpoint, tmp_path):
         ([text, f"--tokenizer={text}"], "not named tokenizer.json"),
         ([text, "--bos-id=3"], "--bos-id=3"),
         ([text, f"--tokenizer={checkpoint}", "--bos-id=40"], "--bos-id=40"),
+        ([str(tmp_path)], f"--output={output} is in {tmp_path}"),
         ([text, "--workers=0"], "workers=0"),
         ([text, "--shard-bytes=0"], "shard_bytes=0"),
     ):
