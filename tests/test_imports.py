@@ -72,7 +72,7 @@ CONFINED = {
     ],
     "safetensors": ["path_jax.checkpoints.shards"],
     "tokenizers": ["path_jax.data.tokenizer"],
-    "array_record": ["path_jax.data.prepare", "path_jax.data.prepared"],
+    "array_record": ["path_jax.data.prepared", "path_jax.data.shard_writer"],
     "lm_eval": ["path_jax.evaluation.lm_eval"],
     "gguf": ["path_jax.checkpoints.gguf"],
     "flax": ["path_jax"],

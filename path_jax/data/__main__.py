@@ -16,7 +16,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColu
 
 from path_jax.data.fasta import ALPHABETS
 from path_jax.data.prepare import DEFAULT_SHARD_BYTES, prepare
-from path_jax.data.prepared import damaged_shards, read_manifest
+from path_jax.data.prepared_format import damaged_shards, read_manifest
 from path_jax.data.source_files import KINDS, Encoding, list_files
 from path_jax.data.tokenizer import ByteTokenizer, load_tokenizer
 
@@ -69,7 +69,7 @@ def _encoding(spec: str, bos_id: int | None, text_key: str) -> Encoding:
         tokenizer, end_ids = vocabulary_of(path, config)
         if isinstance(tokenizer, ByteTokenizer):
             raise ValueError(f"{path} reads bytes: use --tokenizer=bytes")
-        vocab_size = config.vocab_size
+        vocab_size = max(config.vocab_size, tokenizer.vocab_size)
     else:
         if path.is_file() and path.name != "tokenizer.json":
             raise ValueError(f"{path} is not named tokenizer.json, nor a .gguf file")

@@ -5,14 +5,15 @@ from collections.abc import Sequence
 
 from path_jax.data.config import DataConfig
 from path_jax.data.fasta import ALPHABETS, Alphabet, fasta_documents
-from path_jax.data.prepared import read_manifest
+from path_jax.data.prepared_format import read_manifest
 from path_jax.data.source_files import Encoding, stored_tokenizer
 from path_jax.data.text import Document, file_documents, token_file_documents
 from path_jax.data.tokenizer import ByteTokenizer
 
 
 def encoding_of(config: DataConfig) -> Encoding | None:
-    """How text becomes the ids of these data; None for a task, token files, or a prepared directory that is gone.
+    """How text becomes the ids of these data; None for a task, token files, or a prepared directory that is gone,
+    or has a learned vocabulary where the package tokenizers is missing: training goes without.
 
     That of a mixture is the one of its first part that has one.
     """
@@ -25,7 +26,7 @@ def encoding_of(config: DataConfig) -> Encoding | None:
             manifest = read_manifest(config.path)
             kind = manifest.tokenizer["kind"]
             return Encoding(kind, stored_tokenizer(config.path, kind), manifest.bos_id, manifest.vocab_size)
-        except (OSError, ValueError):
+        except (OSError, ValueError, ImportError):
             return None
     if config.source == "fasta":
         alphabet = ALPHABETS[config.alphabet]

@@ -9,16 +9,17 @@ import subprocess
 import sys
 import time
 
-import numpy as np
 import pytest
 from checkpoints.synthetic import GGUF, random_params, write_gguf
 
 from path_jax.data import DataConfig, encoding_of
 from path_jax.data.__main__ import main
 from path_jax.data.fasta import ALPHABETS
-from path_jax.data.prepare import RECORD_TOKENS, prepare
-from path_jax.data.prepared import PreparedTokens, damaged_shards, read_manifest
-from path_jax.data.source_files import Encoding, Part, cut_parts, list_files, part_tokens
+from path_jax.data.prepare import prepare
+from path_jax.data.prepared import PreparedTokens
+from path_jax.data.prepared_format import damaged_shards, read_manifest
+from path_jax.data.shard_writer import RECORD_TOKENS
+from path_jax.data.source_files import Encoding, list_files
 from path_jax.data.tokenizer import ByteTokenizer, LearnedTokenizer, load_tokenizer
 
 BYTES = Encoding("bytes", ByteTokenizer(), 256, 257)
@@ -76,35 +77,39 @@ def test_workers_make_the_same_bytes(texts, whole, tmp_path):
     assert prepared_files(tmp_path / "out") == prepared_files(whole)
 
 
-COMMAND = (
-    "import sys, path_jax.data.prepare as p\n"
-    "write = p._write_shard\n"
-    "def slow(job):\n"
-    "    import time; time.sleep(0.02); write(job); print(job.number, flush=True)\n"
-    "p._write_shard = slow\n"
-    "from path_jax.data.__main__ import main\n"
-    "main(sys.argv[1:])\n"
-)
+# Ends itself by signal 9 some time after its first shard.
+KILLED = """
+import os, sys, threading, time
+import path_jax.data.shard_writer as writer
+from path_jax.data.__main__ import main
+
+write = writer._write_shard
+
+def slow(job):
+    time.sleep(0.02)
+    write(job)
+    threading.Timer(float(sys.argv[1]), os.kill, (os.getpid(), 9)).start()
+
+writer._write_shard = slow
+main(sys.argv[2:])
+"""
 
 
-def test_killed_preparations_go_on_to_the_same_bytes(texts, whole, tmp_path):
-    """Killed with signal 9 at random moments after the first shards; each time fewer shards are missing."""
-    output, draw = tmp_path / "out", random.Random(1)
-    arguments = ["prepare", str(texts), "--output", str(output), "--shard-bytes", "20000"]
-    finished = -1
+def test_killed_preparations_go_on_to_the_same_bytes(texts, tmp_path):
+    """At random moments, so also between a shard and what is said about it, or in the middle of one."""
+    expected, output, draw = tmp_path / "expected", tmp_path / "out", random.Random(1)
+    run(texts, expected, shard_bytes=1000)
+    finished = 0
     for _ in range(3):
-        process = subprocess.Popen([sys.executable, "-c", COMMAND, *arguments], stdout=subprocess.PIPE, text=True)
-        assert process.stdout.readline().strip().isdigit()
-        time.sleep(0.03 * draw.random())
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        process.stdout.close()
+        arguments = ["prepare", str(texts), "--output", str(output), "--shard-bytes", "1000"]
+        killed = subprocess.run([sys.executable, "-c", KILLED, str(0.06 * draw.random()), *arguments])
+        assert killed.returncode == -signal.SIGKILL
         now = len(list(output.glob("shard-*.json")))
         assert now > finished and not (output / "dataset.json").exists()
         finished = now
-    result = run(texts, output)
+    result = run(texts, output, shard_bytes=1000)
     assert result.kept == finished and 0 < result.kept < result.shards
-    assert prepared_files(output) == prepared_files(whole)
+    assert prepared_files(output) == prepared_files(expected)
     assert not list(output.glob("*.tmp"))
 
 
@@ -173,7 +178,10 @@ def test_another_preparation_is_refused_by_the_difference(texts, whole, tmp_path
     (tmp_path / "full" / "thesis.tex").write_text("x")
     with pytest.raises(ValueError, match="holds thesis.tex and is no prepared directory"):
         run(texts, tmp_path / "full")
-    assert prepared_files(output) == before and (tmp_path / "full" / "thesis.tex").read_text() == "x"
+    assert prepared_files(output) == before and os.listdir(tmp_path / "full") == ["thesis.tex"]
+    with pytest.raises(ValueError, match="the tokenizer has 257 ids, more than 256"):
+        prepare(files, Encoding("bytes", ByteTokenizer(), 0, 256), tmp_path / "none")
+    assert not (tmp_path / "none").exists()
 
 
 def test_a_file_that_changes_meanwhile_is_noticed(texts, tmp_path):
@@ -200,7 +208,7 @@ def test_two_preparations_of_one_directory_are_refused(texts, tmp_path):
     run(texts, tmp_path / "out")
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_full_disk_is_one_line_and_the_rest_is_kept(texts, whole, tmp_path, workers):
     """Files may have 140 kB here, which the longest document does not fit into."""
     program = (
@@ -306,54 +314,6 @@ def test_ids_outside_the_vocabulary_are_damage(whole, tmp_path):
         stream_of(tmp_path / "out")
 
 
-def jsonl(count):
-    draw = random.Random(2)
-    return [{"text": "é" * draw.choice([0, 3, 900]), "id": number} for number in range(count)]
-
-
-@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz"])
-def test_jsonl_is_cut_between_lines(tmp_path, suffix):
-    import gzip
-
-    rows = jsonl(40)
-    data = "".join(json.dumps(row) + "\n" * (1 + row["id"] % 2) for row in rows).encode()
-    path = tmp_path / f"a{suffix}"
-    path.write_bytes(gzip.compress(data) if suffix.endswith("gz") else data)
-    result = prepare(list_files([str(path)], None), BYTES, tmp_path / "out", shard_bytes=2000)
-    assert (result.shards > 5) == (suffix == ".jsonl")
-    expected = [token for row in rows if row["text"] for token in [256, *row["text"].encode()]]
-    assert stream_of(tmp_path / "out") == expected
-
-
-def test_parts_cover_a_file_at_every_size(tmp_path):
-    """Wherever the cuts fall, the parts together are the file and each is whole documents."""
-    lines = [json.dumps({"text": "x" * (number % 7)}) + "\n" for number in range(25)]
-    (tmp_path / "a.jsonl").write_text("".join(lines))
-    (tmp_path / "a.fa").write_text("".join(f">r{n} >x\nAC\n;>\nGT\n" for n in range(25)))
-    for name, encoding, opener in (("a.jsonl", BYTES, b"{"), ("a.fa", DNA, b">")):
-        (file,) = list_files([str(tmp_path / name)], None)
-        data = (tmp_path / name).read_bytes()
-        whole = np.concatenate(list(part_tokens(Part(file, 0, file.size), encoding)))
-        for size in range(1, 150):
-            parts = list(cut_parts(file, size))
-            assert b"".join(data[part.begin : part.end] for part in parts) == data
-            assert all(data[part.begin : part.begin + 1] == opener for part in parts)
-            if size % 10 == 3:
-                tokens = [tokens for part in parts for tokens in part_tokens(part, encoding)]
-                np.testing.assert_array_equal(np.concatenate(tokens), whole)
-
-
-@pytest.mark.parametrize(
-    "line, message",
-    [("{", "line 3: "), ('["a"]', "line 3: "), ('{"body": "a"}', "no 'text'; set --text-key"), ('{"text": 1}', "int")],
-)
-def test_malformed_jsonl_is_named_by_its_line(tmp_path, line, message):
-    path = tmp_path / "a.jsonl"
-    path.write_text('{"text": "a"}\n\n' + line + "\n")
-    with pytest.raises(ValueError, match=f"a.jsonl, line 3: .*{message.removeprefix('line 3: ')}"):
-        prepare(list_files([str(path)], None), BYTES, tmp_path / "out", shard_bytes=15)
-
-
 def test_command_prepares_fasta(tmp_path, capsys):
     (tmp_path / "a.fa").write_text(">x\nACGTN\n>y\nacgu\n")
     output = tmp_path / "out"
@@ -370,7 +330,7 @@ def checkpoint(tmp_path_factory):
     return write_gguf(path, random_params(GGUF), change=lambda writer: writer.add_eos_token_id(3))
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_learned_vocabularies_travel_with_the_tokens(checkpoint, tmp_path, workers, capsys):
     (tmp_path / "texts").mkdir()
     for name, text in (("0.txt", "abba"), ("1.txt", "b"), ("2.txt", "<|end|>a")):

@@ -23,7 +23,8 @@ from path_jax.data import (
     make_corpus,
     make_iterator,
 )
-from path_jax.data.prepare import RECORD_TOKENS, prepare
+from path_jax.data.prepare import prepare
+from path_jax.data.shard_writer import RECORD_TOKENS
 from path_jax.data.source_files import Encoding, list_files
 
 BYTES = Encoding("bytes", ByteTokenizer(), 256, 257)
