@@ -8,6 +8,7 @@ from configs import common, dna, flip_flop, group_words, lm_baselines, lm_path, 
 from path_jax.data import ByteTokenizer, DataConfig
 from path_jax.data.prepare import prepare
 from path_jax.data.source_files import Encoding, list_files
+from path_jax.evaluation.pretrained import codec_of_run
 from path_jax.evaluation.task_accuracy import TaskAccuracy
 from path_jax.mixers import MIXERS
 from path_jax.models import ModelConfig
@@ -116,29 +117,46 @@ def test_mixers_that_read_dna_have_the_same_number_of_parameters():
         assert abs(counts[0] / counts[1] - 1) < 0.002, (size, counts)
 
 
-def test_fasta_trains_and_reports_per_letter(tmp_path):
+def fasta_config(tmp_path):
     (tmp_path / "genome.fa").write_text(">a\n" + "ACGT" * 200 + "\n>b\n" + "GATTACA" * 60)
-    config = dna.get_config("task=fasta,size=debug")
-    config.data.path = str(tmp_path)
+    config = dna.get_config("task=fasta,size=debug,mixer=rope")
+    config.data.path = str(tmp_path / "genome.fa")
     config.train.num_steps = 2
-    summary = train_and_report(config.to_dict(), tmp_path / "run")
-    assert 2 < summary["train_bits_per_token"] < 4 and "heldout_bits_per_token" in summary
-    with pytest.raises(ValueError, match="alphabet=rna is unknown; choose from dna, protein"):
-        dna.get_config("task=fasta,alphabet=rna")
-    with pytest.raises(ValueError, match="task=genes is unknown"):
-        dna.get_config("task=genes")
+    return config.to_dict()
 
 
-def test_a_mixture_with_prepared_bytes_trains(tmp_path):
-    """The parts of a configuration file become those of the data, and bytes are reported as bytes."""
+def mixture_config(tmp_path):
     (tmp_path / "a.txt").write_text("word " * 500)
     prepare(list_files([str(tmp_path / "a.txt")], None), Encoding("bytes", ByteTokenizer(), 256, 257), tmp_path / "p")
-    config = lm_path.get_config("size=debug")
+    config = lm_baselines.get_config("size=debug,mixer=rope")
     config.train.num_steps = 2
     parts = {
         "text": {"source": "files", "path": str(tmp_path / "a.txt"), "weight": 1},
         "prepared": {"source": "prepared", "path": str(tmp_path / "p"), "weight": 3},
     }
     config.data.update(source="mixture", parts=parts)
-    summary = train_and_report(config.to_dict(), tmp_path / "run")
-    assert 4 < summary["heldout_bits_per_byte"] < 12
+    return config.to_dict()
+
+
+def test_runs_on_fasta_and_mixtures_know_their_vocabulary(tmp_path):
+    """The parts of a mixture come through a configuration's sections."""
+    config = fasta_config(tmp_path)
+    codec = codec_of_run(config)
+    assert codec.encode("acg").tolist() == [5, 0, 1, 2] and codec.decode([5, 0, 1]) == "AC"
+    assert make_experiment(config).corpus.vocab_size == 6
+    config = mixture_config(tmp_path)
+    assert codec_of_run(config).encode("ab").tolist() == [256, 97, 98]
+    assert make_experiment(config).corpus.train.weights == (3, 1)
+    with pytest.raises(ValueError, match="alphabet=rna is unknown; choose from dna, protein"):
+        dna.get_config("task=fasta,alphabet=rna")
+    with pytest.raises(ValueError, match="task=genes is unknown"):
+        dna.get_config("task=genes")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "make, unit, low, high", [(fasta_config, "token", 1, 4), (mixture_config, "byte", 4, 12)], ids=["fasta", "mixture"]
+)
+def test_runs_on_fasta_and_mixtures_report_in_their_units(tmp_path, make, unit, low, high):
+    summary = train_and_report(make(tmp_path), tmp_path / "run")
+    assert low < summary[f"train_bits_per_{unit}"] < high and low < summary[f"heldout_bits_per_{unit}"] < high

@@ -1,4 +1,4 @@
-"""Text corpora as packed batches: read, split, pack, shuffle, shard, resume. Synthetic tasks with exact answers."""
+"""Text and sequences as packed batches: read, split, pack, mix, shard, resume. Synthetic tasks with exact answers."""
 
 from path_jax.data.batch import Batch
 from path_jax.data.config import DataConfig

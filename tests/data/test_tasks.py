@@ -242,6 +242,19 @@ def test_sentence_and_statement_shares():
     np.testing.assert_allclose(np.array(counts) / sum(counts), [0.4, 0.3, 0.2, 0.1], atol=0.01)
 
 
+def test_motif_shares_and_answers():
+    """Events have their shares, and all letters are equally likely as answers, whatever was done to the motif."""
+    task = Motif(600, inversions=0.3, exchanges=0.05, copies=0.15, questions=0.25, spacers=0.1)
+    rows = examples_of(task, 400)
+    text = "".join(as_text(task.words, row[5 * task.num_loci :]) for row in rows.tokens)
+    counts = [text.count(sign) for sign in "~/<?="]
+    assert_shares(counts, np.array([0.3, 0.05, 0.15, 0.25, 0.15]) / 0.9)
+    first = rows.tokens == task.words.index("?")
+    for level in range(4):
+        answers = rows.targets[first & (rows.weights > 0) & (rows.level == level)]
+        np.testing.assert_allclose(np.bincount(answers, minlength=4) / len(answers), 0.25, atol=0.04)
+
+
 def test_questions_follow_the_power_law():
     """The first pair draws its place first, with these weights."""
     task = MultiQueryRecall(64, num_pairs=4, num_key_tokens=8, num_values=8, power=0.2)
