@@ -32,7 +32,7 @@ from path_jax.interpretability.modality_command import (
 from path_jax.interpretability.saturation import is_early, saturation_layers, saturation_summary
 from path_jax.interpretability.saturation_report import Saturated, saturation_table, write_saturation_report
 from path_jax.interpretability.second_rank import second_rank
-from path_jax.interpretability.strata import NOISE, add_noise, file_texts, standard_texts, text_batches
+from path_jax.interpretability.strata import NOISE, file_texts, noisy_texts, standard_texts, text_batches
 from path_jax.interpretability.stream_sample import StreamSample, collect_streams
 from path_jax.interpretability.transitions import fit_transition_probe
 from path_jax.models import DecoderLM
@@ -90,8 +90,7 @@ def strata(args) -> dict[str, tuple[Iterator[str], int]]:
     for share in NOISE if args.noise == [] else args.noise or ():
         if not 0 < share <= 1:
             raise ValueError(f"--noise={share} must be in (0, 1]")
-        noisy = (add_noise(text, share, args.seed + i) for i, text in enumerate(read_first()))
-        found[f"{name}, {share:.0%} noise"] = (noisy, args.length)
+        found[f"{name}, {share:.0%} noise"] = (noisy_texts(read_first(), share, args.seed), args.length)
     if args.long:
         found[f"{name}, {args.long} tokens"] = (read_first(), args.long)
     return found

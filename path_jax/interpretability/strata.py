@@ -45,6 +45,12 @@ def add_noise(text: str, share: float, seed: int = 0) -> str:
     )
 
 
+def noisy_texts(texts: Iterable[str], share: float, seed: int) -> Iterator[str]:
+    """`add_noise` to each text, one seed after the other."""
+    for i, text in enumerate(texts):
+        yield add_noise(text, share, seed + i)
+
+
 def text_batches(
     texts: Iterable[str],
     encode: Callable[[str], Sequence[int]],

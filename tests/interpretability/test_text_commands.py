@@ -1,5 +1,6 @@
 """The commands that analyse a model on texts, with a random model that reads bytes."""
 
+import argparse
 import csv
 
 import jax
@@ -113,6 +114,18 @@ def test_noise_and_standard_texts(tmp_path):
     assert {name: len(next(texts)) > 100 for name, texts in standard_texts().items()} == {"prose": True, "code": True}
     with pytest.raises(FileNotFoundError):
         file_texts(tmp_path)
+
+
+def test_every_share_of_noise_is_a_text_of_its_own(tmp_path):
+    """They are read one after the other, long after the loop over the shares has ended."""
+    path = tmp_path / "a.txt"
+    path.write_text("0" * 4000)
+    args = argparse.Namespace(data=[f"x={path}"], noise=[0.1, 0.5], long=64, length=32, seed=3)
+    found = saturation_command.strata(args)
+    assert list(found) == ["x", "x, 10% noise", "x, 50% noise", "x, 64 tokens"]
+    shares = {name: np.mean([letter != "0" for text in texts for letter in text]) for name, (texts, _) in found.items()}
+    assert shares["x"] == shares["x, 64 tokens"] == 0
+    assert 0.08 < shares["x, 10% noise"] < 0.12 and 0.47 < shares["x, 50% noise"] < 0.53
 
 
 def test_second_rank_by_hand():
