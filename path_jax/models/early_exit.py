@@ -211,12 +211,9 @@ class _Stack:
 
     def store(self, rows: Bool[np.ndarray, "B"]) -> None:
         """Gives the newest streams of rows to the caches of the segments that have not seen the tokens."""
-        first = self._at[rows].min()
-        if first < len(self._states):
-            at = np.where(rows, self._at, len(self._states))
-            self._states[first:] = _store(
-                self._segments, first, self._params[first:], self._states[first:], self._newest, at
-            )
+        at = np.where(rows, self._at, len(self._states))
+        if at.min() < len(self._states):
+            self._states = _store(self._segments, self._params, self._states, self._newest, at)
         self._counts[:] = 0
 
     def _cross(self, first: int, rows: Bool[np.ndarray, "B"], is_forced, step: int):
@@ -227,9 +224,9 @@ class _Stack:
         """
         index, place = self._indices(rows)
         of = lambda x: x if index is None else np.append(x, False)[index]
-        self._states[first:], self._waiting[first:], self._newest, at, going, taken = _run(
-            self._segments, int(first), self._params[first:], self._ends, self._rule, self._rng, step, self._token,
-            self._states[first:], self._waiting[first:], self._newest, self._counts, of(rows), of(is_forced), index,
+        self._states, self._waiting, self._newest, at, going, taken = _run(
+            self._segments, self._params, self._ends, self._rule, self._rng, step, self._token,
+            self._states, self._waiting, self._newest, self._counts, np.int32(first), of(rows), of(is_forced), index,
         )  # fmt: skip
         at, going = np.asarray(at)[place], np.asarray(going)[place]
         (found,) = np.nonzero(rows)
@@ -297,30 +294,28 @@ class _Way(NamedTuple):
     going: Bool[Array, "R"]  # rows that have not left
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(8, 9, 10))
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=(7, 8, 9))
 def _run(
-    segments, first, params, ends, rule, rng, step, token, states, waiting, newest, counts, going, is_forced, rows
+    segments, params, ends, rule, rng, step, token, states, waiting, newest, counts, first, going, is_forced, rows
 ):
     """Some rows, or all, from segment `first` on, with what waits there, until half of them have left.
 
-    Lists begin with segment `first`; the token is that of rows before the first segment of the model.
+    There is one program for each number of rows: segments before `first` are left out when it runs.
     """
     config, apply = segments.model.config, segments.model.apply
     batch, width = waiting[0].shape[:2]
     take = (lambda x: x) if rows is None else (lambda x: jnp.take(x, rows, axis=0, mode="fill", fill_value=0))
     index = jnp.arange(batch) if rows is None else rows
-    if first == 0:
-        length = states[0][0].length
-        x = apply({"params": ends}, token[:, None], length[:, None], method="embed_tokens")
-        waiting = [waiting[0].at[:, 0].set(x[:, 0].astype(waiting[0].dtype)), *waiting[1:]]
+    # A token before the first segment is the only one there; behind it this is overwritten before it is read.
+    x = apply({"params": ends}, token[:, None], states[0][0].length[:, None], method="embed_tokens")
+    waiting = [waiting[0].at[:, 0].set(x[:, 0].astype(waiting[0].dtype)), *waiting[1:]]
 
     def cross(i, way):
-        number = first + i
-        lengths = jnp.where(way.going, take(way.counts[number]), 0)
+        lengths = jnp.where(way.going, take(way.counts[i]), 0)
 
         def run(width, states):
             x = take(way.waiting[i][:, :width])
-            x, before, states = _through(config, segments.layers[number], params[i], states, x, lengths, rows)
+            x, before, states = _through(config, segments.layers[i], params[i], states, x, lengths, rows)
             last, before = (
                 jnp.take_along_axis(y, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)[:, 0] for y in (x, before)
             )
@@ -328,27 +323,29 @@ def _run(
             x = jnp.pad(x, [(0, 0), (0, way.waiting[i].shape[1] - width), (0, 0)])
             return x.astype(dtype), last.astype(dtype), before.astype(dtype), states
 
-        if width == 1:
+        if width == 1 or i == 0:  # nothing waits before the first segment but the newest token
             x, last, before, passed = run(1, way.states[i])
         else:
             x, last, before, passed = jax.lax.cond(
                 lengths.max() <= 1, functools.partial(run, 1), functools.partial(run, width), way.states[i]
             )
         newest = way.newest.at[jnp.where(lengths > 0, index, batch)].set(last, mode="drop")
-        at = jnp.where(way.going, number + 1, way.at)
+        at = jnp.where(way.going, i + 1, way.at)
         states = [*way.states[:i], passed, *way.states[i + 1 :]]
         if i + 1 == len(params):
             return _Way(states, way.waiting, way.counts, newest, at, jnp.zeros_like(way.going))
-        place = take(way.counts[number + 1])[:, None] + jnp.arange(width)
+        place = take(way.counts[i + 1])[:, None] + jnp.arange(width)
         place = jnp.where(jnp.arange(width) < lengths[:, None], place, width)
         following = way.waiting[i + 1].at[index[:, None], place].set(x, mode="drop")
         waiting = [*way.waiting[: i + 1], following, *way.waiting[i + 2 :]]
-        counts = way.counts.at[number + 1, index].add(lengths, mode="drop")
-        is_done = rule(np.int32(number), last, before, lambda x: apply({"params": ends}, x, method="lens"))
-        way = _Way(states, waiting, counts, newest, at, way.going & (~is_done | is_forced))
-        return jax.lax.cond(2 * way.going.sum() > len(index), functools.partial(cross, i + 1), lambda way: way, way)
+        counts = way.counts.at[i + 1, index].add(lengths, mode="drop")
+        is_done = rule(np.int32(i), last, before, lambda x: apply({"params": ends}, x, method="lens"))
+        return _Way(states, waiting, counts, newest, at, way.going & (~is_done | is_forced))
 
-    way = cross(0, _Way(states, waiting, jnp.asarray(counts), newest, jnp.full(len(index), first), going))
+    way = _Way(states, waiting, jnp.asarray(counts), newest, jnp.full(len(index), first), going)
+    for i in range(len(params)):
+        is_enough = (i == first) | ((i > first) & (2 * way.going.sum() > len(index)))
+        way = jax.lax.cond(is_enough, functools.partial(cross, i), lambda way: way, way)
     taken = None
     if rows is None:  # else others may have to go on
         takes = lambda: _takes(segments, ends, way.newest, rng, step)
@@ -357,15 +354,14 @@ def _run(
     return way.states, way.waiting, way.newest, way.at, way.going, taken
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
-def _store(segments, first, params, states, newest, at):
-    """The states of segments from `first` on with one token more for rows behind fewer, whose stream is as it left."""
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+def _store(segments, params, states, newest, at):
+    """The states of all segments with one token more for rows behind fewer of them, whose stream is as it left."""
     config, stored = segments.model.config, []
     for i, (segment_params, state) in enumerate(zip(params, states)):
-        number = first + i
-        lengths = (at <= number).astype(jnp.int32)
+        lengths = (at <= i).astype(jnp.int32)
 
-        def put(state, lengths=lengths, layers=segments.layers[number], params=segment_params):
+        def put(state, lengths=lengths, layers=segments.layers[i], params=segment_params):
             return _through(config, layers, params, state, newest[:, None], lengths, None, only_cache=True)[2]
 
         stored.append(jax.lax.cond(lengths.any(), put, lambda state: state, state))
