@@ -211,6 +211,7 @@ def _timings(text_model: TextModel, batches, rules, exit_layers, rows: int, args
         full_rate = rate if name == "full depth" else full_rate
         different = 0.0 if isinstance(options, dict) else _disagreement(model, params, tokens, len(prompts[0]))
         timings.append(Timing(name, rows, rate, rate / full_rate, depth, runs, different))
+        jax.clear_caches()  # of programs that the next way has no use for, and whose memory maps could run out
     return timings
 
 
