@@ -2,8 +2,15 @@
 
     python train.py --config=configs/lm_path.py:size=debug --workdir=runs/debug [--config.optim.lr=1e-3 ...]
 
-Run the same command again to resume. The working directory receives config.json, train_files.txt, heldout_files.txt,
-metrics.jsonl, checkpoints/, and at the end summary.json, results.json, report.html and report.png.
+Run the same command again to resume. Several processes train together when each is told which one it is, by
+
+    python train.py ... --coordinator=HOST:PORT --num_processes=N --process_id=I
+
+by the environment variables JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, or by Slurm, GKE or, with
+--coordinator=auto, a Cloud TPU VM (docs/cluster.md).
+
+The working directory receives config.json, train_files.txt, heldout_files.txt, metrics.jsonl, goodput.json,
+checkpoints/, and at the end summary.json, results.json, report.html and report.png.
 """
 
 import sys
@@ -15,11 +22,17 @@ from ml_collections import config_flags
 from rich.console import Console
 
 from path_jax.evaluation import run_report
+from path_jax.parallel import cluster
 from path_jax.run import train_and_report
 
 _START = time.perf_counter()
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration file, e.g. configs/lm_path.py:size=debug")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the run lives; created if absent, resumed if present.")
+_COORDINATOR = flags.DEFINE_string("coordinator", None, "host:port of process 0, or auto to let JAX find it.")
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Processes of the run.", lower_bound=1)
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Number of this process, from 0.", lower_bound=0)
+_CLUSTER_TIMEOUT = flags.DEFINE_integer("cluster_timeout", 300, "Seconds to wait for the others.", lower_bound=1)
+_HEARTBEAT = flags.DEFINE_integer("heartbeat", 100, "Seconds until a silent process counts as dead.", lower_bound=1)
 
 
 def parse_flags(argv):
@@ -37,12 +50,15 @@ def main(argv):
     if len(argv) > 1:
         sys.exit(f"unexpected arguments {argv[1:]}; settings are given as --config.section.key=value")
     logging.set_verbosity(logging.WARNING)  # Orbax writes a screenful of INFO per checkpoint
-    try:
+    expected = (ValueError, FloatingPointError, NotImplementedError, ImportError, OSError)
+    with cluster.ending_in_one_line("train.py", expected):
+        cluster.initialize(
+            _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value,
+            timeout=_CLUSTER_TIMEOUT.value, heartbeat=_HEARTBEAT.value,
+        )  # fmt: skip
         summary = train_and_report(_CONFIG.value.to_dict(), Path(_WORKDIR.value), start=_START)
         if summary is not None:
             Console().print(run_report.summary_table(summary))
-    except (ValueError, FloatingPointError, NotImplementedError, ImportError, OSError) as error:
-        sys.exit(f"train.py: {' '.join(str(error).split())}")
 
 
 if __name__ == "__main__":

@@ -8,10 +8,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
+
+from path_jax import report
 from path_jax.evaluation import run_report, runner
 from path_jax.evaluation.pretrained import codec_of_run
+from path_jax.parallel import cluster
 from path_jax.training import loop
 from path_jax.training.experiment import make_experiment
+from path_jax.training.state import local_params
+from path_jax.training.step_times import slowest_process
 
 
 def train_and_report(config: Mapping[str, Any], workdir: Path, *, start: float | None = None) -> dict[str, Any] | None:
@@ -23,7 +29,8 @@ def train_and_report(config: Mapping[str, Any], workdir: Path, *, start: float |
       start: `time.perf_counter()` when the job started; now by default.
 
     Returns:
-      The summary, or None for a run that SIGTERM has stopped and saved.
+      The summary, with where the time of all launches went; None for a run that SIGTERM has stopped and saved, and on
+      every process but the first, which takes part in the evaluation with its own devices and writes nothing.
 
     Raises:
       ValueError, FloatingPointError, NotImplementedError, ImportError, OSError: with a reason in one line.
@@ -34,16 +41,26 @@ def train_and_report(config: Mapping[str, Any], workdir: Path, *, start: float |
         config["evals"], experiment.model, experiment.corpus, experiment.data.sequence_length,
         codec=codec_of_run(experiment.config),
     )  # fmt: skip
-    result = loop.run(experiment, workdir, evaluators)
+    result = loop.run(experiment, workdir, evaluators, start_time=start)
+    say = lambda line: print(line, file=sys.stderr, flush=True) if cluster.is_first() else None
     if result.interrupted:
-        print(f"stopped at step {result.step}, saved in {result.checkpoint}; the same command resumes", file=sys.stderr)
+        say(f"stopped at step {result.step}, saved in {result.checkpoint}; the same command resumes")
         return None
-    announce = lambda name: print(f"evaluating {name}", file=sys.stderr, flush=True)
-    results = runner.run(evaluators, result.params, on_progress=announce)
-    return run_report.finish(
-        workdir, config=experiment.config, model=experiment.model, params=result.params, records=result.records,
+    with result.goodput.phase("evaluation"):
+        params = local_params(result.params)
+        results = runner.run(evaluators, params, on_progress=lambda name: say(f"evaluating {name}"))
+    if not cluster.is_first():
+        return None
+    summary = run_report.finish(
+        workdir, config=experiment.config, model=experiment.model, params=params, records=result.records,
         results=results, checkpoint=result.checkpoint, start=start,
     )  # fmt: skip
+    summary |= result.goodput.summary()
+    if jax.process_count() > 1 and (slowest := slowest_process(workdir, jax.process_count())):
+        summary |= {"slowest_process": f"{slowest['process']} on {slowest['host']}"}
+        summary |= {"slowest_busy_seconds": slowest["busy_seconds"]}
+    report.write_file(workdir / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
+    return summary
 
 
 def main() -> None:

@@ -29,6 +29,13 @@ def make_mesh(shape: Mapping[str, int], devices=None) -> jax.sharding.Mesh:
     if -1 in sizes and len(devices) % known == 0:
         sizes[sizes.index(-1)] = len(devices) // known
     if -1 in sizes or math.prod(sizes) != len(devices):
-        raise ValueError(f"mesh {dict(shape)} does not fit {len(devices)} devices")
+        count = len({device.process_index for device in devices})
+        among = f" of {count} processes" if count > 1 else ""
+        raise ValueError(f"mesh {dict(shape)} does not fit {len(devices)} devices{among}")
     types = (jax.sharding.AxisType.Auto,) * len(AXES)
     return jax.make_mesh(tuple(sizes), AXES, axis_types=types, devices=devices)
+
+
+def local_mesh() -> jax.sharding.Mesh:
+    """Mesh of this process's own devices, parameters sharded over all of them."""
+    return make_mesh({"fsdp": -1}, jax.local_devices())

@@ -12,9 +12,18 @@ from path_jax.checkpoints.native import read_config, write_config
 from path_jax.data import Corpus, DataConfig, make_corpus
 from path_jax.models import DecoderLM, ModelConfig
 from path_jax.models.decoder_lm import count_parameters
+from path_jax.parallel import cluster
 from path_jax.parallel.mesh import make_mesh
 from path_jax.training.conversion import ConversionConfig
 from path_jax.training.optim import OptimConfig, make_schedule
+
+# What may differ when a run is resumed: where it runs and how it is watched, not what it computes.
+_MAY_CHANGE = ("config.mesh",) + tuple(
+    f"config.train.{name}"
+    for name in (
+        "keep_checkpoints", "keep_every", "hang_seconds", "hang_exit", "log_batches", "profile_start", "profile_steps",
+    )
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,12 +32,16 @@ class TrainConfig:
 
     Args:
       num_steps: updates; seed: of the parameters.
-      save_every: steps between checkpoints; keep_checkpoints: how many stay.
+      save_every: steps between checkpoints; keep_checkpoints: how many stay; keep_every: so do those of steps that are
+        multiples of it, 0 for none.
       eval_every: steps between evaluations, 0 for none before the end.
       accumulate: micro-batches per step; loss_chunk: tokens per row whose logits exist at a time, 0 for all.
       z_loss: weight of the squared log-partition.
       tensorboard: also write TensorBoard events (extra [tensorboard]).
       profile_start, profile_steps: window of steps traced by the profiler into workdir/profile; 0 steps for none.
+      hang_seconds: seconds without the end of a step after which stacks are written, 0 for never; hang_exit: whether
+        the process then ends.
+      log_batches: also write the hash of every global batch to workdir/batches.jsonl, which gathers its tokens.
     """
 
     num_steps: int = 1000
@@ -42,11 +55,18 @@ class TrainConfig:
     tensorboard: bool = False
     profile_start: int = 10
     profile_steps: int = 0
+    keep_every: int = 0
+    hang_seconds: float = 1800.0
+    hang_exit: bool = True
+    log_batches: bool = False
 
     def __post_init__(self):
         for name in ("num_steps", "save_every", "keep_checkpoints", "accumulate"):
             if getattr(self, name) < 1:
                 raise ValueError(f"train.{name}={getattr(self, name)} must be at least 1")
+        for name in ("keep_every", "hang_seconds"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"train.{name}={getattr(self, name)} must not be negative; 0 turns it off")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,8 +126,12 @@ def make_experiment(config: Mapping[str, Any]) -> Experiment:
     return Experiment(dict(config), model, data, optim, train, mesh, corpus, conversion)
 
 
-def prepare_workdir(workdir: Path, experiment: Experiment) -> Path:
-    """Creates the directory with config.json and the lists of documents, or checks that it belongs to this run."""
+def prepare_workdir(workdir: Path, experiment: Experiment) -> None:
+    """Fills the directory with config.json and the lists of documents, or checks that it belongs to this run.
+
+    A run may go on with another mesh, other numbers of checkpoints to keep and other settings of watchdog and profiler;
+    config.json keeps those it began with.
+    """
     config = json.loads(json.dumps(experiment.config))
     if (workdir / "config.json").exists():
         differences = _differences(read_config(workdir), config)
@@ -116,12 +140,16 @@ def prepare_workdir(workdir: Path, experiment: Experiment) -> Path:
         for path, names in _document_lists(workdir, experiment):
             if path.exists() and path.read_text() != names:
                 raise ValueError(f"the documents differ from those in {path}; restore them or choose another --workdir")
-        return workdir
-    workdir.mkdir(parents=True, exist_ok=True)
+        return
     for path, names in _document_lists(workdir, experiment):
         path.write_text(names)
     write_config(workdir, config)  # last: it marks the directory as a run
-    return workdir
+
+
+def check_same_experiment(workdir: Path, experiment: Experiment) -> None:
+    """Raises ClusterError if the processes of a run do not train the same on the same documents."""
+    cluster.check_same("configuration", json.dumps(experiment.config, sort_keys=True))
+    cluster.check_same("list of documents", "".join(names for _, names in _document_lists(workdir, experiment)))
 
 
 def _document_lists(workdir: Path, experiment: Experiment):
@@ -133,7 +161,7 @@ def _document_lists(workdir: Path, experiment: Experiment):
 
 
 def _differences(old, new, path="config") -> list[str]:
-    if isinstance(old, dict) and isinstance(new, dict):
+    if isinstance(old, dict) and isinstance(new, dict) and path not in _MAY_CHANGE:
         keys = sorted(old.keys() | new.keys())
         return [line for key in keys for line in _differences(old.get(key), new.get(key), f"{path}.{key}")]
-    return [] if old == new else [f"{path} is {old!r} there, {new!r} here"]
+    return [] if old == new or path in _MAY_CHANGE else [f"{path} is {old!r} there, {new!r} here"]

@@ -9,21 +9,23 @@ import jax
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from path_jax.metrics import MetricsFile, first_bad, means, peak_flops
+from path_jax.metrics import first_bad, means, peak_flops
 from path_jax.models.decoder_lm import count_parameters
+from path_jax.parallel import cluster
 from path_jax.training.experiment import Experiment
+from path_jax.training.records import Records
 
 _LINE_SECONDS = 10.0
 
 
 class TrainingProgress:
-    """Context manager; `update` after every step."""
+    """Context manager; `update` after every step. Says nothing if `is_silent`."""
 
-    def __init__(self, num_steps: int, start: int):
-        self._num_steps, self._start = num_steps, start
+    def __init__(self, num_steps: int, start: int, is_silent: bool = False):
+        self._num_steps, self._start, self._is_silent = num_steps, start, is_silent
         self._begin = self._last_line = time.monotonic()
         self._bar = None
-        if sys.stderr.isatty():
+        if sys.stderr.isatty() and not is_silent:
             columns = (
                 "step {task.completed}/{task.total}",
                 "loss {task.fields[loss]:.3f}",
@@ -50,6 +52,8 @@ class TrainingProgress:
             self._bar.update(self._task, completed=step, loss=loss, rate=tokens_per_second)
             return
         now = time.monotonic()
+        if self._is_silent:
+            return
         if now - self._last_line >= _LINE_SECONDS or step == self._num_steps:
             self._last_line = now
             left = (now - self._begin) / max(step - self._start, 1) * (self._num_steps - step)
@@ -67,7 +71,7 @@ class StepLogger:
         self,
         experiment: Experiment,
         workdir: Path,
-        metrics: MetricsFile,
+        metrics: Records,
         progress: TrainingProgress,
         schedule: Callable[[int], float],
         latest_checkpoint: Callable[[], int | None],
@@ -81,7 +85,7 @@ class StepLogger:
         peak = peak_flops(jax.devices()[0].device_kind)
         self._peak_tokens_per_second = peak and peak * jax.device_count() / flops
         self._writer = None
-        if experiment.train.tensorboard:
+        if experiment.train.tensorboard and cluster.is_first():
             from tensorboardX import SummaryWriter  # noqa: PLC0415 -- extra [tensorboard]
 
             self._writer = SummaryWriter(str(workdir / "tensorboard"))

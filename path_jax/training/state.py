@@ -6,8 +6,10 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
+from jax.experimental import multihost_utils
 
 from path_jax.models import DecoderLM
+from path_jax.parallel.mesh import local_mesh
 from path_jax.parallel.sharding import tree_shardings
 
 
@@ -39,3 +41,14 @@ def sharded_state(model: DecoderLM, optimizer, seed: int, mesh: jax.sharding.Mes
     """Fresh state, each shard created where it lives."""
     shardings = jax.tree.map(lambda x: x.sharding, abstract_state(model, optimizer, seed, mesh))
     return jax.jit(lambda: make_state(model, optimizer, seed), out_shardings=shardings)()
+
+
+def local_params(params):
+    """Whole parameters on the devices of each process, for computations that processes do on their own.
+
+    With one process they are `params`. With several every leaf is gathered in turn and sharded over `local_mesh`.
+    """
+    if jax.process_count() == 1:
+        return params
+    gather = lambda x, sharding: jax.device_put(multihost_utils.process_allgather(x, tiled=True), sharding)
+    return jax.tree.map(gather, params, tree_shardings(params, local_mesh()))
