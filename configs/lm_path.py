@@ -47,7 +47,8 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.train = ml_collections.ConfigDict(
         dict(
             num_steps=1, seed=0, save_every=1000, keep_checkpoints=2, eval_every=0, accumulate=1, loss_chunk=1024,
-            z_loss=0.0, tensorboard=False, profile_start=10, profile_steps=0,
+            z_loss=0.0, tensorboard=False, profile_start=10, profile_steps=0, keep_every=0, hang_seconds=1800.0,
+            hang_exit=True, log_batches=False,
         )
     )  # fmt: skip
     config.evals = ml_collections.ConfigDict(dict(perplexity=dict(max_tokens=1_000_000), length=dict(), gates=dict()))
