@@ -111,6 +111,10 @@ def make_experiment(config: Mapping[str, Any]) -> Experiment:
             f"data.batch_size={data.batch_size} is not a multiple of {shards} data shards x "
             f"train.accumulate={train.accumulate}"
         )
+    if data.sequence_length % mesh.shape["sequence"]:
+        raise ValueError(
+            f"data.sequence_length={data.sequence_length} is not a multiple of mesh.sequence={mesh.shape['sequence']}"
+        )
     make_schedule(optim, train.num_steps)
     model = DecoderLM(model_config)
     try:
