@@ -30,6 +30,8 @@ _SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID",
 # Process 0 may write its report for so long while the others wait for it at the end.
 _SHUTDOWN_SECONDS = 3600
 _MESSAGE_BYTES = 2048
+# Set once the process has joined. JAX cannot be asked without starting its devices, which must not happen before.
+_has_joined = threading.Event()
 
 
 class ClusterError(OSError):
@@ -114,25 +116,35 @@ def initialize(
     chosen = settings(coordinator, num_processes, process_id)
     if chosen is None:
         return
-    deadline = time.monotonic() + timeout
     if chosen and chosen["process_id"]:
         _wait_for(chosen["coordinator"], timeout)
-    # JAX may give up on a coordinator by ending the process, so it never waits much longer than ours did.
-    options = {"initialization_timeout": max(int(deadline - time.monotonic()), 1)}
+    options = {}
     if chosen:
-        options |= {
+        options = {
             "coordinator_address": chosen["coordinator"],
             "num_processes": chosen["num_processes"],
             "process_id": chosen["process_id"],
             "cluster_detection_method": "deactivate",
         }
+    where = f"process {chosen['process_id']} of {chosen['num_processes']}" if chosen else "this process"
+    # JAX aborts the process when its own time is up, with a page of C++ frames, so ours ends before.
+    timer = threading.Timer(
+        timeout, fail, [f"{where} waited {timeout} s for the others in vain; were all of them started?"]
+    )
+    timer.daemon = True
+    timer.start()
     try:
         jax.distributed.initialize(
-            **options, heartbeat_timeout_seconds=heartbeat, shutdown_timeout_seconds=_SHUTDOWN_SECONDS
+            **options,
+            initialization_timeout=timeout + 60,
+            heartbeat_timeout_seconds=heartbeat,
+            shutdown_timeout_seconds=_SHUTDOWN_SECONDS,
         )
     except (RuntimeError, ValueError, OSError, KeyError, IndexError) as error:
-        where = f"process {chosen['process_id']} of {chosen['num_processes']}" if chosen else "this process"
-        raise ClusterError(f"{where} could not join the others within {timeout} s: {_first_line(error)}") from error
+        raise ClusterError(f"{where} could not join the others: {_first_line(error)}") from error
+    finally:
+        timer.cancel()
+    _has_joined.set()
 
 
 def _wait_for(address: str, timeout: float) -> None:
@@ -180,7 +192,7 @@ def on_first(action: Callable[[], object]) -> None:
 
 def all_true(value: bool) -> bool:
     """Whether `value` is true in every process."""
-    return jax.process_count() == 1 or bool(np.all(multihost_utils.process_allgather(np.array(value))))
+    return bool(np.all(multihost_utils.process_allgather(np.array(value)))) if jax.process_count() > 1 else value
 
 
 def check_same(what: str, content: str) -> None:
@@ -213,7 +225,7 @@ def ending_in_one_line(name: str, expected: tuple[type[Exception], ...]):
     except expected as error:
         fail(f"{name}: {' '.join(str(error).split())}")
     except Exception as error:
-        if not jax.distributed.is_initialized():
+        if not _has_joined.is_set():
             raise
         if isinstance(error, jax.errors.JaxRuntimeError):
             fail(f"{name}: the runtime failed, perhaps because another process has died ({_first_line(error)})")
@@ -222,15 +234,14 @@ def ending_in_one_line(name: str, expected: tuple[type[Exception], ...]):
 
 
 def fail(message: str) -> NoReturn:
-    """Ends this process with status 1 and one line.
+    """Ends this process with status 1 and one line, from any thread.
 
     In a run of several processes it ends at once: the usual way out waits for the others, which wait for this one.
-    Call it from any thread.
     """
-    if not jax.distributed.is_initialized() and threading.current_thread() is threading.main_thread():
+    if not _has_joined.is_set() and threading.current_thread() is threading.main_thread():
         sys.exit(message)
-    where = f" [process {jax.process_index()} of {jax.process_count()}]" if jax.distributed.is_initialized() else ""
-    print(f"{message}{where}", file=sys.stderr)
+    where = f" [process {jax.process_index()} of {jax.process_count()}]" if _has_joined.is_set() else ""
+    print(message + where, file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(1)
