@@ -15,6 +15,7 @@ checkpoints/, and at the end summary.json, results.json, report.html and report.
 
 import sys
 import time
+from logging import getLogger
 from pathlib import Path
 
 from absl import app, flags, logging
@@ -33,6 +34,7 @@ _NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Processes of the r
 _PROCESS_ID = flags.DEFINE_integer("process_id", None, "Number of this process, from 0.", lower_bound=0)
 _CLUSTER_TIMEOUT = flags.DEFINE_integer("cluster_timeout", 300, "Seconds to wait for the others.", lower_bound=1)
 _HEARTBEAT = flags.DEFINE_integer("heartbeat", 100, "Seconds until a silent process counts as dead.", lower_bound=1)
+_STOPPED_STATUS = flags.DEFINE_integer("stopped_status", 0, "Status of a run that SIGTERM has stopped and saved.")
 
 
 def parse_flags(argv):
@@ -49,7 +51,9 @@ def main(argv):
     """Trains, evaluates, reports. Bad input ends in one line and status 1."""
     if len(argv) > 1:
         sys.exit(f"unexpected arguments {argv[1:]}; settings are given as --config.section.key=value")
-    logging.set_verbosity(logging.WARNING)  # Orbax writes a screenful of INFO per checkpoint
+    # Orbax writes a screenful for every checkpoint, and several for one that fails, which the run tells in one line.
+    logging.set_verbosity(logging.FATAL)
+    getLogger("asyncio").setLevel("CRITICAL")
     expected = (ValueError, FloatingPointError, NotImplementedError, ImportError, OSError)
     with cluster.ending_in_one_line("train.py", expected):
         cluster.initialize(
@@ -57,7 +61,9 @@ def main(argv):
             timeout=_CLUSTER_TIMEOUT.value, heartbeat=_HEARTBEAT.value,
         )  # fmt: skip
         summary = train_and_report(_CONFIG.value.to_dict(), Path(_WORKDIR.value), start=_START)
-        if summary is not None:
+        if summary is None:
+            sys.exit(_STOPPED_STATUS.value)
+        if summary:
             Console().print(run_report.summary_table(summary))
 
 

@@ -29,8 +29,8 @@ def train_and_report(config: Mapping[str, Any], workdir: Path, *, start: float |
       start: `time.perf_counter()` when the job started; now by default.
 
     Returns:
-      The summary, with where the time of all launches went; None for a run that SIGTERM has stopped and saved, and on
-      every process but the first, which takes part in the evaluation with its own devices and writes nothing.
+      The summary, with where the time of all launches went; None for a run that SIGTERM has stopped and saved.
+      Processes other than the first evaluate on their own devices, too, but write nothing and return {}.
 
     Raises:
       ValueError, FloatingPointError, NotImplementedError, ImportError, OSError: with a reason in one line.
@@ -50,7 +50,7 @@ def train_and_report(config: Mapping[str, Any], workdir: Path, *, start: float |
         params = local_params(result.params)
         results = runner.run(evaluators, params, on_progress=lambda name: say(f"evaluating {name}"))
     if not cluster.is_first():
-        return None
+        return {}
     summary = run_report.finish(
         workdir, config=experiment.config, model=experiment.model, params=params, records=result.records,
         results=results, checkpoint=result.checkpoint, start=start,
