@@ -213,8 +213,11 @@ class Checkpointer:
         self._saving = None
 
     def _report(self, error: Exception) -> None:
-        reason = _reason(error)
-        self._failure = f"checkpoint of step {self._saving} could not be saved ({reason})"
+        free = shutil.disk_usage(self.directory).free / 2**20 if self.directory.is_dir() else 0
+        self._failure = (
+            f"checkpoint of step {self._saving} could not be saved ({_reason(error)}); {self.directory} has "
+            f"{free:,.1f} MiB free"
+        )
         if jax.process_count() > 1:
             raise CheckpointError(self._failure) from error
         self._remove_temporary()

@@ -31,11 +31,11 @@ def environment(devices: int = 1, **variables) -> dict[str, str]:
     return os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags} | variables
 
 
-def command(corpus, workdir, *flags) -> list[str]:
-    return [sys.executable, str(ROOT / "train.py"), f"--config={CONFIG}:{corpus}", f"--workdir={workdir}", *flags]
+def command(corpus, workdir, *flags, script=ROOT / "train.py") -> list[str]:
+    return [sys.executable, str(script), f"--config={CONFIG}:{corpus}", f"--workdir={workdir}", *flags]
 
 
-def start(corpus, workdir, count: int, *flags, devices: int = 1) -> list[subprocess.Popen]:
+def start(corpus, workdir, count: int, *flags, devices: int = 1, script=ROOT / "train.py") -> list[subprocess.Popen]:
     """One run as `count` processes with `devices` fake devices each."""
     coordinator = f"127.0.0.1:{free_port()}"
     return [
@@ -43,8 +43,9 @@ def start(corpus, workdir, count: int, *flags, devices: int = 1) -> list[subproc
             command(corpus, workdir, *flags, *(
                 [f"--coordinator={coordinator}", f"--num_processes={count}", f"--process_id={i}", "--heartbeat=20"]
                 if count > 1 else []
-            )),
-            cwd=ROOT, env=environment(devices), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            ), script=script),
+            cwd=ROOT, env=environment(devices, PYTHONPATH=str(ROOT)),
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )
         for i in range(count)
     ]  # fmt: skip

@@ -2,12 +2,15 @@
 
 import json
 import signal
+import subprocess
 import time
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 from training.processes import (
+    ROOT,
     batches,
     command,
     environment,
@@ -128,10 +131,48 @@ def test_interrupted_run_equals_undisturbed(corpus, undisturbed, tmp_path, sent,
 
 
 @pytest.mark.slow
+def test_the_slow_host_is_named(corpus, tmp_path):
+    results = succeed(start(corpus, tmp_path, 2, script=Path(__file__).with_name("slow_host.py")))
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["slowest_process"].startswith("1 on ") and summary["slowest_busy_seconds"] > 0.3
+    assert "slowest_process" in results[0][1]
+    (fast,), (slow,) = (lines(tmp_path / f"steps-{i}.jsonl") for i in range(2))
+    assert slow["data_seconds"] > 0.3 > fast["data_seconds"]
+    assert fast["step_seconds"] == pytest.approx(slow["step_seconds"], rel=0.3)  # the fast one waits
+
+
+@pytest.mark.slow
+def test_a_damaged_file_is_found_by_the_process_that_reads_it(corpus, alone, tmp_path):
+    succeed(start(corpus, tmp_path, 2, "--config.train.num_steps=20"))
+    for path in sorted((tmp_path / "checkpoints" / "20" / "state").rglob("d/*")):
+        path.write_bytes(path.read_bytes()[:-1])
+    results = succeed(start(corpus, tmp_path, 2, "--config.train.num_steps=20"))
+    assert "checkpoint of step 20 is damaged (" in results[0][2] and "goes on from step 15" in results[0][2]
+    assert "damaged" not in results[1][2]
+    np.testing.assert_allclose(losses(tmp_path), losses(alone), rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_processes_that_do_not_match(corpus, tmp_path):
+    port = free_port()
+    flags = [f"--coordinator=127.0.0.1:{port}", "--num_processes=2"]
+    processes = [
+        subprocess.Popen(
+            command(corpus, tmp_path, *flags, f"--process_id={i}", f"--config.optim.lr={0.1 * (i + 1)}"),
+            cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for i in range(2)
+    ]  # fmt: skip
+    results = finish(processes)
+    assert all(status not in (0, None) for status, *_ in results)
+    said = "".join(errors for *_, errors in results)
+    assert "train.py: configuration of process 1 differs from that of process 0" in said
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
 def test_slurm_variables_start_a_run(corpus, tmp_path):
     """JAX's own detection of Slurm, on variables as srun sets them."""
-    import subprocess  # noqa: PLC0415
-
     slurm = {
         "SLURM_JOB_ID": "77", "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2", "SLURM_STEP_NUM_NODES": "1",
         "JAX_COORDINATOR_PORT": str(free_port()),
@@ -140,7 +181,7 @@ def test_slurm_variables_start_a_run(corpus, tmp_path):
         subprocess.Popen(
             command(corpus, tmp_path, "--config.train.num_steps=2", "--config.mesh.data=2"),
             env=environment(1, **slurm, SLURM_PROCID=str(i), SLURM_LOCALID=str(i)),
-            cwd=corpus, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )
         for i in range(2)
     ]  # fmt: skip
