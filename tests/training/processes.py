@@ -8,6 +8,8 @@ import sys
 import time
 from pathlib import Path
 
+import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 ROOT = Path(__file__).parents[2]
@@ -90,7 +92,10 @@ def batches(workdir) -> list[str]:
 
 
 def outcome(workdir, step: int):
-    """Records without their times, and the state of a step."""
+    """Records without their times, and the state of a step, however many processes saved it."""
     records = [{k: v for k, v in record.items() if k != "step_seconds"} for record in lines(workdir / "metrics.jsonl")]
-    with ocp.StandardCheckpointer() as checkpointer:
-        return records, checkpointer.restore((workdir / "checkpoints" / str(step) / "state").absolute())
+    path = (workdir / "checkpoints" / str(step) / "state").absolute()
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        tree = checkpointer.metadata(path).item_metadata.tree
+        whole = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+        return records, checkpointer.restore(path, args=ocp.args.PyTreeRestore(restore_args=whole))

@@ -132,7 +132,8 @@ def test_interrupted_run_equals_undisturbed(corpus, undisturbed, tmp_path, sent,
 
 @pytest.mark.slow
 def test_the_slow_host_is_named(corpus, tmp_path):
-    results = succeed(start(corpus, tmp_path, 2, script=Path(__file__).with_name("slow_host.py")))
+    script = Path(__file__).with_name("slow_host.py")
+    results = succeed(start(corpus, tmp_path, 2, "--config.train.log_batches=False", script=script))
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["slowest_process"].startswith("1 on ") and summary["slowest_busy_seconds"] > 0.3
     assert "slowest_process" in results[0][1]
