@@ -109,7 +109,7 @@ def run(
         )
         goodput.starts(start, workdir / "metrics.jsonl")
         steps = _Steps(experiment, workdir, start, evaluators or {}, batches, checkpointer, goodput)
-        step, state = steps.run(lambda state, batch: train_step(state, batch, *frozen), state)
+        step, state = steps.run(train_step, state, frozen)
     interrupted = step < train.num_steps
     return RunResult(step, state.params, steps.records, interrupted, checkpointer.directory / str(step), goodput)
 
@@ -132,7 +132,7 @@ class _Steps:
         self._batch_log = Records(workdir / "batches.jsonl", start) if self._train.log_batches else None
         self.records = self._metrics.records
 
-    def run(self, train_step: Callable, state) -> tuple[int, Any]:
+    def run(self, train_step: jax.stages.Wrapped, state, frozen) -> tuple[int, Any]:
         """Steps until the end or until something asks to stop; returns the last step and the state after it."""
         train, goodput, step = self._train, self._goodput, self._start
         ends = cluster.fail if train.hang_exit else None
@@ -156,7 +156,10 @@ class _Steps:
                 begin = time.perf_counter()
                 batch = self._next_batch(step, state, logger)
                 data_seconds = time.perf_counter() - begin
-                state, sums = train_step(state, batch)
+                if step == self._start:
+                    train_step = train_step.lower(state, batch, *frozen).compile()
+                    cluster.all_true(True)  # none waits in a step for one that still compiles; some give up on it early
+                state, sums = train_step(state, batch, *frozen)
                 if step > self._start:
                     times.add(step + 1, time.perf_counter() - begin, data_seconds)
                 step += 1
