@@ -75,7 +75,9 @@ class HangWatchdog:
         last = "the first step has not ended" if self._step is None else f"the last was step {self._step}"
         reason = f"no step ended for {waited:.0f} s ({last}); stacks of process {self._process} are in {self._path}"
         try:
-            with self._path.open("w") as file:
+            with self._path.open("a") as file:
+                file.write(reason + "\n")
+                file.flush()  # what follows is written past this file's buffer
                 faulthandler.dump_traceback(file, all_threads=True)
         except OSError as error:  # a hung disk may be the cause
             reason += f", which could not be written ({os.strerror(error.errno or 0)})"

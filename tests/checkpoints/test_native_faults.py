@@ -197,7 +197,8 @@ def test_storage_that_refuses_at_once(tmp_path, capsys, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(checkpointer._manager, "save", refuse)
             checkpointer.save(1, state(1), rows())
-        assert "No space left on device); there is none before it" in capsys.readouterr().err
+        said = capsys.readouterr().err
+        assert "No space left on device); " in said and "MiB free; there is none before it" in said
         checkpointer.save(2, state(2), rows())
         checkpointer.finish()
     assert restore(tmp_path)[0] == 2
