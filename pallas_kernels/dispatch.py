@@ -8,6 +8,7 @@ import functools
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 
 from pallas_kernels.blockwise import pages, reference, xla_operation
 from pallas_kernels.blockwise.gpu import devices, mosaic, self_test, triton
