@@ -7,37 +7,17 @@ apart, because the kernel would have read it otherwise. An operand of which only
 """
 
 import dataclasses
-import math
 import re
 
 import numpy as np
 
-_BITS = {
-    "pred": 8, "s4": 4, "u4": 4, "s8": 8, "u8": 8, "s16": 16, "u16": 16, "bf16": 16, "f16": 16, "s32": 32, "u32": 32,
-    "f32": 32, "s64": 64, "u64": 64, "f64": 64,
-}  # fmt: skip
-_LEAF = re.compile(r"(\w+)\[([\d,]*)\](?:\{([^}]*)\})?")
+from path_jax.planning.hlo import LEAF, computations, type_bytes
+
 _KERNEL_TARGET = 'custom_call_target="tpu_custom_call"'
 _FREE = ("parameter", "constant", "bitcast", "tuple", "get-tuple-element", "after-all")
 _FORWARDING = ("copy", "copy-start", "copy-done", "bitcast")
 # Arithmetic that belongs into a kernel, and loops whose trips are not counted.
 _SUSPICIOUS = ("dot", "convolution", "triangular-solve", "while")
-
-
-@dataclasses.dataclass(frozen=True)
-class Operation:
-    """One line of a computation."""
-
-    name: str
-    opcode: str
-    result: str
-    operands: tuple[str, ...]
-    line: str
-
-    @property
-    def is_kernel(self) -> bool:
-        """Whether it calls a Pallas kernel."""
-        return self.opcode == "custom-call" and _KERNEL_TARGET in self.line
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,67 +28,9 @@ class Kernel:
     tables: dict[int, list[int]]
 
 
-def _closing(text, start):
-    """Index of the parenthesis that closes the one at `start`."""
-    depth = 0
-    for index in range(start, len(text)):
-        depth += (text[index] == "(") - (text[index] == ")")
-        if depth == 0:
-            return index
-    raise ValueError(f"unbalanced parentheses: {text[start : start + 100]}")
-
-
-def parse_operation(line: str) -> Operation | None:
-    """The operation on a line of HLO text, None if there is none."""
-    match = re.match(r"\s*(?:ROOT )?%?([\w.\-<>]+) = ", line)
-    if not match:
-        return None
-    rest = line[match.end() :]
-    end = _closing(rest, 0) + 1 if rest.startswith("(") else rest.index(" ")
-    result, rest = rest[:end], rest[end:].lstrip()
-    opcode = re.match(r"([\w\-]+)\(", rest)
-    if not opcode:
-        return None
-    inside = rest[opcode.end() : _closing(rest, opcode.end() - 1)]
-    operands = () if opcode.group(1) == "constant" else tuple(re.findall(r"%([\w.\-<>]+)", inside))
-    return Operation(match.group(1), opcode.group(1), result, operands, line)
-
-
-def computations(hlo: str) -> dict[str, list[Operation]]:
-    """Operations by computation; the entry's is also under "ENTRY"."""
-    found, current = {}, []
-    for line in hlo.splitlines():
-        if match := re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$", line):
-            current = found.setdefault(match.group(2), [])
-            if match.group(1):
-                found["ENTRY"] = current
-        elif operation := parse_operation(line):
-            current.append(operation)
-    return found
-
-
-def array_bytes(dtype: str, dims: str, layout: str | None) -> int:
-    """Bytes of an array, its minor axes padded to the tile of its layout: f32[8,1]{1,0:T(8,128)} has 4096."""
-    if dtype not in _BITS:
-        return 0
-    shape = [int(size) for size in dims.split(",") if size]
-    order = re.match(r"[\d,]+", layout or "")
-    if order and shape:
-        shape = [shape[int(axis)] for axis in reversed(order.group().split(","))]
-    if tile := re.search(r"T\(([\d,]+)\)", layout or ""):
-        sizes = [int(size) for size in tile.group(1).split(",")]
-        for axis, size in zip(reversed(range(len(shape))), reversed(sizes)):
-            shape[axis] = -(-shape[axis] // size) * size
-    return math.prod(shape) * _BITS[dtype] // 8
-
-
-def type_bytes(result: str, in_hbm: bool = True) -> int:
-    """Bytes of an HLO type, tuples summed; with in_hbm only of arrays in HBM (no memory space in the layout)."""
-    return sum(
-        array_bytes(dtype, dims, layout)
-        for dtype, dims, layout in _LEAF.findall(result)
-        if not (in_hbm and re.search(r"S\([1-9]\)", layout))
-    )
+def _is_kernel(operation) -> bool:
+    """Whether an operation calls a Pallas kernel."""
+    return operation.opcode == "custom-call" and _KERNEL_TARGET in operation.line
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,7 +56,7 @@ def outside_traffic(hlo: str) -> Traffic:
     entry = {operation.name: operation for operation in parts["ENTRY"]}
     moved, staged = {}, 0
     for operation in entry.values():
-        if operation.opcode in _FREE or operation.is_kernel or operation.opcode.endswith("-start"):
+        if operation.opcode in _FREE or _is_kernel(operation) or operation.opcode.endswith("-start"):
             continue
         if operation.opcode == "custom-call" and "AllocateBuffer" in operation.line:
             continue
@@ -193,7 +115,7 @@ def pack_words(values: np.ndarray, tile: tuple[int, ...] | None) -> list[int]:
 
 def _constant_table(operation) -> list[int] | None:
     """Words of an integer constant printed in full, else None."""
-    dtype, dims, layout = _LEAF.match(operation.result).groups()
+    dtype, dims, layout = LEAF.match(operation.result).groups()
     printed = operation.line[operation.line.index(" constant(") :].split("), ")[0]
     numpy_type = {"pred": np.bool_, "s8": np.int8, "u8": np.uint8, "s16": np.int16, "u16": np.uint16, "s32": np.int32,
                   "u32": np.uint32}.get(dtype)  # fmt: skip
@@ -224,7 +146,7 @@ def kernels(hlo: str, dumped: str = "") -> list[Kernel]:
     found = []
     for name, part in parts.items():
         for operation in part if name != "ENTRY" else ():
-            if not operation.is_kernel:
+            if not _is_kernel(operation):
                 continue
             if name in bodies:
                 raise ValueError(f"kernel {operation.name} runs inside a loop of the HLO; move the loop into its grid")
