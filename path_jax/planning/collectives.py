@@ -23,6 +23,7 @@ class Collective:
       count: how often it runs, loops multiplied out.
       payload_bytes: of one run: the whole array that is gathered, or a device's share of what is summed or moved.
       source: operation of the model that it comes from.
+      channel: number that the compiler gave it, the same where it occurs several times in fusions that run beside it.
     """
 
     kind: str
@@ -31,6 +32,7 @@ class Collective:
     count: int
     payload_bytes: int
     source: str
+    channel: int | None = None
 
     @property
     def sent_bytes(self) -> float:
@@ -66,9 +68,16 @@ class _Walk:
         """Of one computation; each is visited once, however often it is called."""
         if name not in self._found:
             results = {operation.name: operation for operation in self._parts.get(name, ())}
-            self._found[name] = [
-                found for operation in results.values() for found in self._of_operation(operation, results)
-            ]
+            found, fused = [], set()
+            for operation in results.values():
+                for collective in self._of_operation(operation, results):
+                    # TPU: one that runs beside other work is named where it starts, goes on and ends.
+                    if operation.opcode == "fusion" and collective.channel is not None:
+                        if collective.channel in fused:
+                            continue
+                        fused.add(collective.channel)
+                    found.append(collective)
+            self._found[name] = found
         return self._found[name]
 
     def _of_operation(self, operation, results):
@@ -96,7 +105,10 @@ class _Walk:
         axes, group_size = mesh_axes(operation.line, self._mesh_shape)
         if kind == "all-gather":
             payload *= group_size
-        return Collective(kind, axes, group_size, 1, payload, operation.source)
+        channel = re.search(r"channel_id=(\d+)", operation.line)
+        return Collective(
+            kind, axes, group_size, 1, payload, operation.source, int(channel.group(1)) if channel else None
+        )
 
     def _scattered(self, collective, called):
         """TPU compilers write a reduce-scatter as a fusion of a sum and of the slice that a device keeps."""
@@ -153,7 +165,18 @@ def mesh_axes(line: str, mesh_shape: Mapping[str, int]) -> tuple[str, int]:
 
 
 def replica_groups(line: str, num_devices: int) -> Sequence[Sequence[int]] | None:
-    """Groups of device numbers: {{0,1},{2,3}}, or [groups,size]<=[sizes]T(permutation); None for any other form."""
+    """Groups of device numbers; None for forms other than these.
+
+    {{0,1},{2,3}};  [groups,size]<=[sizes]T(permutation) of the numbers in order;  mesh['x'=2,'y'=2] {'x'}, numbers in
+    order, groups along x.
+    """
+    if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\] \{('\w+'(?:,'\w+')*)\}, ", line):
+        sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", mesh.group(1))}
+        along = [list(sizes).index(name) for name in re.findall(r"'(\w+)'", mesh.group(2))]
+        numbers = np.moveaxis(
+            np.arange(math.prod(sizes.values())).reshape(tuple(sizes.values())), along, range(-len(along), 0)
+        )
+        return numbers.reshape(-1, math.prod(numbers.shape[-len(along) :])).tolist()
     if iota := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line):
         shape, sizes, order = ([int(x) for x in part.split(",")] if part else None for part in iota.groups())
         numbers = np.arange(math.prod(sizes)).reshape(sizes)

@@ -79,7 +79,7 @@ class Experiment:
     optim: OptimConfig
     train: TrainConfig
     mesh: jax.sharding.Mesh
-    corpus: Corpus
+    corpus: Corpus | None
     conversion: ConversionConfig | None = None
 
 
@@ -91,6 +91,19 @@ def make_experiment(config: Mapping[str, Any]) -> Experiment:
     Raises:
       ValueError: for a section, key or value that does not fit, naming it.
       FileNotFoundError: for a missing corpus.
+    """
+    experiment = describe_experiment(config)
+    corpus, vocab_size = make_corpus(experiment.data), experiment.model.config.vocab_size
+    if corpus.vocab_size > vocab_size:
+        raise ValueError(f"model.vocab_size={vocab_size} is less than the corpus needs: {corpus.vocab_size}")
+    return dataclasses.replace(experiment, corpus=corpus)
+
+
+def describe_experiment(config: Mapping[str, Any], devices=None) -> Experiment:
+    """As `make_experiment`, without a corpus, for any devices (default: all).
+
+    Raises:
+      ValueError: for a section, key or value that does not fit, naming it.
     """
     sections = {"model", "data", "optim", "mesh", "train", "evals"}
     if set(config) - {"conversion"} != sections:
@@ -104,7 +117,7 @@ def make_experiment(config: Mapping[str, Any]) -> Experiment:
 
     model_config, data = build(ModelConfig, "model"), build(DataConfig, "data")
     optim, train = build(OptimConfig, "optim"), build(TrainConfig, "train")
-    mesh = make_mesh(config["mesh"])
+    mesh = make_mesh(config["mesh"], devices)
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     if data.batch_size % (shards * train.accumulate):
         raise ValueError(
@@ -121,13 +134,8 @@ def make_experiment(config: Mapping[str, Any]) -> Experiment:
         count_parameters(model_config)
     except TypeError as error:  # a keyword that the mixer does not have
         raise ValueError(f"config.model.mixer_options: {error}") from error
-    corpus = make_corpus(data)
-    if corpus.vocab_size > model_config.vocab_size:
-        raise ValueError(
-            f"model.vocab_size={model_config.vocab_size} is less than the corpus needs: {corpus.vocab_size}"
-        )
     conversion = build(ConversionConfig, "conversion") if "conversion" in config else None
-    return Experiment(dict(config), model, data, optim, train, mesh, corpus, conversion)
+    return Experiment(dict(config), model, data, optim, train, mesh, None, conversion)
 
 
 def prepare_workdir(workdir: Path, experiment: Experiment) -> None:

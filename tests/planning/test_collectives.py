@@ -56,7 +56,7 @@ PROGRAM = """HloModule jit_step
 
 %all-reduce-scatter.1 (value: f32[16]) -> f32[8] {
   %value = f32[16]{0} parameter(0)
-  %whole = f32[16]{0} all-reduce(%value), replica_groups=[4,2]<=[2,4]T(1,0), to_apply=%add
+  %whole = f32[16]{0} all-reduce(%value), channel_id=7, replica_groups=[4,2]<=[2,4]T(1,0), to_apply=%add
   ROOT %own = f32[8]{0} dynamic-slice(%whole, %index), dynamic_slice_sizes={8}
 }
 
@@ -75,6 +75,7 @@ ENTRY %main (p: f32[16]) -> f32[16] {
   %starting = (f32[16]{0}, f32[32]{0}) all-gather-start(%p), GROUPS, dimensions={0}
   %done = f32[32]{0} all-gather-done(%starting)
   %chosen = f32[16]{0} conditional(%which, %p, %p), branch_computations={%branch_a, %branch_b}
+  %beside = f32[8]{0} fusion(%p), kind=kOutput, calls=%all-reduce-scatter.1
   %scattered = f32[8]{0} fusion(%p), kind=kCustom, calls=%all-reduce-scatter.1
   %begun = ((f32[16]{0}), f32[16]{0}, u32[]) async-start(%p), calls=%wrapped
   ROOT %ended = f32[16]{0} async-done(%begun), calls=%wrapped
@@ -112,6 +113,8 @@ def test_a_loop_of_unknown_length_counts_once_and_is_reported():
         ("[2,2]<=[2,2]T(1,0)", [[0, 2], [1, 3]]),
         ("[2,4]<=[2,2,2]T(1,0,2)", [[0, 1, 4, 5], [2, 3, 6, 7]]),
         ("{}", [[0, 1, 2, 3]]),
+        ("mesh['a'=2,'b'=2] {'a'}", [[0, 2], [1, 3]]),
+        ("mesh['a'=2,'b'=2] {'b','a'}", [[0, 2, 1, 3]]),
         ("@mesh{axes}", None),
     ],
 )

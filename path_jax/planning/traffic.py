@@ -1,0 +1,84 @@
+"""HBM traffic of a compiled program: what its operations read and write, loops multiplied out."""
+
+from path_jax.planning.collectives import num_trips
+from path_jax.planning.hlo import computations, type_bytes
+
+_FREE = (
+    "parameter", "constant", "bitcast", "tuple", "get-tuple-element", "after-all", "while", "conditional", "call",
+    "partition-id", "replica-id", "iota",
+)  # fmt: skip
+_SLICES = ("dynamic-slice", "slice", "gather")
+
+
+def hbm_bytes(hlo: str) -> int:
+    """Bytes that one device moves between HBM and its cores in one run of the program.
+
+    Every operation reads its operands and writes its results once, a fusion as a whole; a slice costs what is cut out,
+    an update in place what is put in. Arrays that a TPU's compiler places in VMEM are free. So a kernel that reads an
+    operand many times counts as one that reads it once, and a cache helps nobody.
+    """
+    return _Traffic(hlo).of("ENTRY")
+
+
+class _Traffic:
+    def __init__(self, hlo):
+        self._parts = computations(hlo)
+        self._known = {}
+
+    def of(self, name: str) -> int:
+        """Of one computation and what it calls."""
+        if name not in self._known:
+            scope = {operation.name: operation for operation in self._parts.get(name, ())}
+            self._known[name] = sum(self._of_operation(operation, scope) for operation in scope.values())
+        return self._known[name]
+
+    def _of_operation(self, operation, scope):
+        if operation.opcode == "while":
+            trips = num_trips(operation, scope, self._parts.get(operation.called("condition")[0], ()))
+            return (1 if trips is None else trips) * sum(map(self.of, operation.called("body")))
+        if operation.opcode == "conditional":
+            branches = operation.called("branch_computations")
+            branches = branches or operation.called("true_computation") + operation.called("false_computation")
+            return max(map(self.of, branches), default=0)
+        if operation.opcode == "call":
+            return sum(map(self.of, operation.called("to_apply")))
+        if operation.opcode in _FREE or operation.opcode.endswith("-done"):
+            return 0
+        operands = [scope[name] for name in operation.operands if name in scope]
+        if operation.opcode == "fusion":
+            return self._of_fusion(operation, operands)
+        if operation.opcode in _SLICES:
+            return 2 * type_bytes(operation.result)
+        if operation.opcode == "dynamic-update-slice":
+            return 2 * type_bytes(operands[1].result) if len(operands) > 1 else 0
+        return type_bytes(operation.result) + sum(type_bytes(x.result) for x in operands)
+
+    def _of_fusion(self, fusion, operands):
+        inside = [x for name in fusion.called("calls") for x in self._parts.get(name, ())]
+        by_name = {operation.name: operation for operation in inside}
+        users = {}
+        for operation in inside:
+            for position, name in enumerate(operation.operands):
+                users.setdefault(name, []).append((operation, position))
+        total, updated = 0, 0
+        for parameter in (x for x in inside if x.opcode == "parameter"):
+            number = int(parameter.line.split("parameter(")[1].split(")")[0])
+            whole = type_bytes(operands[number].result) if number < len(operands) else 0
+            uses = list(self._uses(parameter.name, users))
+            if whole and uses and all(x.opcode in _SLICES and place == 0 for x, place in uses):
+                whole = min(whole, sum(type_bytes(x.result, in_hbm=False) for x, _ in uses))
+            elif whole and uses and all(x.opcode == "dynamic-update-slice" and place == 0 for x, place in uses):
+                updated += whole  # in place: the result is this operand but for what is put in
+                puts = (by_name.get(x.operands[1]) for x, _ in uses)
+                total += 2 * sum(type_bytes(x.result, in_hbm=False) for x in puts if x is not None)
+                whole = 0
+            total += whole
+        return total + max(0, type_bytes(fusion.result) - updated)
+
+    def _uses(self, name, users):
+        """(operation, position of the operand) of those that use an array, through renamings."""
+        for operation, position in users.get(name, ()):
+            if operation.opcode in ("bitcast", "copy", "reshape"):
+                yield from self._uses(operation.name, users)
+            else:
+                yield operation, position
