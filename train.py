@@ -22,6 +22,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 from rich.console import Console
 
+from path_jax.command_flags import flags_parser
 from path_jax.evaluation import run_report
 from path_jax.parallel import cluster
 from path_jax.run import train_and_report
@@ -35,16 +36,6 @@ _PROCESS_ID = flags.DEFINE_integer("process_id", None, "Number of this process, 
 _CLUSTER_TIMEOUT = flags.DEFINE_integer("cluster_timeout", 300, "Seconds to wait for the others.", lower_bound=1)
 _HEARTBEAT = flags.DEFINE_integer("heartbeat", 100, "Seconds until a silent process counts as dead.", lower_bound=1)
 _STOPPED_STATUS = flags.DEFINE_integer("stopped_status", 0, "Status of a run that SIGTERM has stopped and saved.")
-
-
-def parse_flags(argv):
-    """Ends in one line for flags, and for configuration keys and arguments, that do not exist."""
-    try:
-        return flags.FLAGS(argv)
-    except (flags.Error, AttributeError, TypeError) as error:
-        reason = str(error).strip()
-        # A configuration file that raises arrives as a traceback in the text of the flag's error.
-        sys.exit(f"train.py: {reason.splitlines()[-1] if 'Traceback' in reason else ' '.join(reason.split())}")
 
 
 def main(argv):
@@ -69,4 +60,4 @@ def main(argv):
 
 if __name__ == "__main__":
     flags.mark_flags_as_required(["config", "workdir"])
-    app.run(main, flags_parser=parse_flags)
+    app.run(main, flags_parser=flags_parser("train.py"))

@@ -36,6 +36,9 @@ ALLOWED = {
     "path_jax.interpretability.exit_report": ["path_jax.interpretability", "path_jax.report"],
     "path_jax.interpretability.saturation_report": ["path_jax.interpretability", "path_jax.report"],
     "path_jax.interpretability.recall_report": ["path_jax.interpretability", "path_jax.report"],
+    "path_jax.planning": [f"path_jax.{p}" for p in ("models", "data", "parallel", "checkpoints", "training")],
+    "path_jax.plan": ["path_jax"],
+    "path_jax.command_flags": [],
     "path_jax.nnx": [],
     "path_jax.generate": ["path_jax"],
     "path_jax.run": ["path_jax"],
@@ -52,6 +55,8 @@ ALLOWED = {
     "benchmarks.recall_results": ["benchmarks", "path_jax.report"],
     "benchmarks.saturation_results": ["benchmarks", "path_jax.report"],
     "benchmarks.exit_results": ["benchmarks", "path_jax.report"],
+    "benchmarks.tpu_hlo": ["path_jax.planning.hlo"],
+    "benchmarks.plan_results": ["benchmarks", "path_jax.report"],
     "benchmarks.tpu_tune": ["benchmarks", "pallas_kernels"],
     "pallas_kernels.benchmark": [
         "pallas_kernels",
