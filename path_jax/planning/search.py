@@ -21,9 +21,7 @@ class LargestBatch:
     num_compiled: int
 
 
-def largest_batch(
-    peak: Callable[[int], int], unit: int, batch_size: int, first_peak: int, memory: int
-) -> LargestBatch:
+def largest_batch(peak: Callable[[int], int], unit: int, batch_size: int, first_peak: int, memory: int) -> LargestBatch:
     """Searches multiples of `unit` rows.
 
     Args:
@@ -45,7 +43,12 @@ def largest_batch(
         too_large = min((size for size, used in known.items() if used > memory), default=limit + unit)
         guess = min(max(_crossing(known, memory) // unit * unit, fitting + unit), too_large - unit)
         if guess <= fitting or guess < unit or len(known) >= _MOST_COMPILATIONS:
-            return LargestBatch(fitting, known.get(fitting, 0), max(fitting + unit, _crossing(known, memory) // unit * unit + unit), len(known))
+            return LargestBatch(
+                fitting,
+                known.get(fitting, 0),
+                max(fitting + unit, _crossing(known, memory) // unit * unit + unit),
+                len(known),
+            )
         measure(guess)
 
 
