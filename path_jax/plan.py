@@ -28,7 +28,7 @@ from path_jax.planning.collectives import find_collectives
 from path_jax.planning.compilation import OutOfMemory, compile_step, describe
 from path_jax.planning.estimate import step_time
 from path_jax.planning.flops import attention_flops, product_flops
-from path_jax.planning.memory import largest_buffers, memory_by_kind
+from path_jax.planning.memory import largest_arrays, largest_buffers, memory_by_kind
 from path_jax.planning.search import largest_batch
 from path_jax.planning.topology import parse_topology
 from path_jax.planning.traffic import hbm_bytes
@@ -63,7 +63,7 @@ def plan(
             used = programs[size].peak_bytes
         except OutOfMemory as error:
             failures[size] = error
-            used = error.peak_bytes or memory + 1
+            used = max(error.peak_bytes, memory + 1)
         say(f"... {time.perf_counter() - start:.0f} s: {used / _GIB:.2f} GiB of {memory / _GIB:.2f} GiB")
         return used
 
@@ -83,11 +83,14 @@ def plan(
     if batch_size in programs:
         result |= _analysis(experiment, topology, programs[batch_size])
     if not result["fits"]:
-        found = failures[batch_size].buffers if batch_size in failures else largest_buffers(programs[batch_size])
+        if batch_size in programs:
+            found = largest_buffers(programs[batch_size])
+        else:
+            found = largest_arrays(failures[batch_size].jaxpr.jaxpr, topology.num_devices)
         result["buffers"] = [dataclasses.asdict(buffer) for buffer in found]
     if topology.kind == "h100":
         result["notes"].append(
-            "partitioned over fake CPU devices: memory and HBM traffic are those of the CPU compiler's program, without "
+            "partitioned over fake CPU devices: memory and HBM traffic are the CPU compiler's estimate, without "
             "attention kernels and with less fusion"
         )
     if search:

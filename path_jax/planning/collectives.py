@@ -167,21 +167,30 @@ def mesh_axes(line: str, mesh_shape: Mapping[str, int]) -> tuple[str, int]:
 def replica_groups(line: str, num_devices: int) -> Sequence[Sequence[int]] | None:
     """Groups of device numbers; None for forms other than these.
 
-    {{0,1},{2,3}};  [groups,size]<=[sizes]T(permutation) of the numbers in order;  mesh['x'=2,'y'=2] {'x'}, numbers in
-    order, groups along x.
+    {{0,1},{2,3}};  [groups,size]<=[sizes]T(permutation) of the numbers in order;  mesh['x'=2,'y'=2] {'x'}, groups along
+    x of the numbers in order, or in that of a [sizes]T(permutation) behind `device_ids=`.
     """
-    if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\] \{('\w+'(?:,'\w+')*)\}, ", line):
+    if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((.*?)\))? \{('\w+'(?:,'\w+')*)\}", line):
         sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", mesh.group(1))}
-        along = [list(sizes).index(name) for name in re.findall(r"'(\w+)'", mesh.group(2))]
-        numbers = np.moveaxis(
-            np.arange(math.prod(sizes.values())).reshape(tuple(sizes.values())), along, range(-len(along), 0)
-        )
+        along = [list(sizes).index(name) for name in re.findall(r"'(\w+)'", mesh.group(3))]
+        numbers = _iota(mesh.group(2) or f"[{num_devices}]")
+        if numbers is None:
+            return None
+        numbers = np.moveaxis(numbers.reshape(tuple(sizes.values())), along, range(-len(along), 0))
         return numbers.reshape(-1, math.prod(numbers.shape[-len(along) :])).tolist()
-    if iota := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line):
-        shape, sizes, order = ([int(x) for x in part.split(",")] if part else None for part in iota.groups())
-        numbers = np.arange(math.prod(sizes)).reshape(sizes)
-        return (numbers if order is None else numbers.transpose(order)).reshape(shape).tolist()
+    if iota := re.search(r"replica_groups=\[([\d,]+)\]<=(\[[\d,]+\](?:T\([\d,]+\))?)", line):
+        return _iota(iota.group(2)).reshape([int(size) for size in iota.group(1).split(",")]).tolist()
     if listed := re.search(r"replica_groups=\{((?:\{[\d,]*\},?)*)\}", line):
         groups = [[int(x) for x in group.split(",")] for group in re.findall(r"\{([\d,]+)\}", listed.group(1))]
         return groups or [list(range(num_devices))]
     return None
+
+
+def _iota(text: str) -> np.ndarray | None:
+    """The numbers 0, 1, ... in an array "[sizes]", its axes permuted by "[sizes]T(permutation)"."""
+    found = re.fullmatch(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", text)
+    if found is None:
+        return None
+    sizes, order = ([int(x) for x in part.split(",")] if part else None for part in found.groups())
+    numbers = np.arange(math.prod(sizes)).reshape(sizes)
+    return numbers if order is None else numbers.transpose(order)

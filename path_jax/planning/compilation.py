@@ -58,23 +58,12 @@ class OutOfMemory(Exception):
     """The compiler found no way to fit the program into a device.
 
     Attributes:
-      peak_bytes: what it would have needed; buffers: the largest, see `Buffer`.
+      peak_bytes: of one device, the arguments and what the compiler says it needs beside them; jaxpr: what was traced.
     """
 
-    def __init__(self, report: str):
+    def __init__(self, report: str, argument_bytes: int, jaxpr: Any):
         super().__init__(report)
-        used = re.search(r"Used ([\d.]+[KMGT]?) of ([\d.]+[KMGT]?) hbm", report)
-        self.peak_bytes = parse_size(used.group(1)) if used else None
-        self.buffers = largest_allocations(report)
-
-
-@dataclasses.dataclass(frozen=True)
-class Buffer:
-    """An array of the program: its bytes on one device, its type, and the operation of the model that makes it."""
-
-    bytes: int
-    shape: str
-    source: str
+        self.peak_bytes, self.jaxpr = argument_bytes + required_bytes(report), jaxpr
 
 
 def describe(config: Mapping[str, Any], topology: Topology) -> Experiment:
@@ -117,7 +106,8 @@ def compile_step(experiment: Experiment, topology: Topology, batch_size: int) ->
             compiled = lowered.compile()
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" in str(error) or "Ran out of memory" in str(error):
-                raise OutOfMemory(str(error)) from None
+                needed = sharded_bytes((state, batch, frozen))
+                raise OutOfMemory(str(error), needed, traced.jaxpr) from None
             raise ValueError(f"the compiler for {topology.name} fails: {str(error).strip().splitlines()[0]}") from error
     memory = compiled.memory_analysis()
     return Program(
@@ -158,17 +148,7 @@ def sharded_bytes(tree) -> int:
     return sum(x.dtype.itemsize * math.prod(x.sharding.shard_shape(x.shape)) for x in jax.tree.leaves(tree))
 
 
-def parse_size(text: str) -> int:
-    """Bytes of a compiler's "21.09G"."""
-    unit = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}.get(text[-1:].upper(), 1)
-    return round(float(text.rstrip("KMGTBkmgtb")) * unit)
-
-
-def largest_allocations(report: str) -> list[Buffer]:
-    """Largest buffers of the TPU compiler's report of too little memory, in its order."""
-    found = []
-    for entry in re.split(r"\n\s*\d+\. Size: ", report)[1:]:
-        size, operator = entry.split(None, 1)[0], re.search(r'op_name="([^"]*)"', entry)
-        shape = re.search(r"Shape: ([^\s{]+)", entry)
-        found.append(Buffer(parse_size(size), shape.group(1) if shape else "", operator.group(1) if operator else ""))
-    return found
+def required_bytes(report: str) -> int:
+    """Bytes that the TPU compiler's report of too little memory asks for beside arguments, 0 if it does not say."""
+    found = re.search(r"required for HLO temporaries \(([\d.]+)([KMGT]?)\)", report)
+    return round(float(found.group(1)) * 1024 ** " KMGT".index(found.group(2) or " ")) if found else 0

@@ -1,4 +1,4 @@
-"""How long a step takes at least: its arithmetic, its HBM traffic and its network traffic at the chip's public rates."""
+"""How long a step takes at least: its arithmetic, HBM traffic and network traffic at the chip's public rates."""
 
 import dataclasses
 

@@ -26,7 +26,7 @@ def product_flops(jaxpr, num_devices: int) -> float:
       jaxpr: of the step; num_devices: that run what is inside of a `shard_map`.
     """
     total = 0.0
-    for equation in _live(jaxpr):
+    for equation in live_equations(jaxpr):
         name, params = equation.primitive.name, equation.params
         if name == "dot_general":
             total += _dot(equation)
@@ -39,11 +39,11 @@ def product_flops(jaxpr, num_devices: int) -> float:
             total += max(product_flops(branch.jaxpr, num_devices) for branch in params["branches"])
         elif name not in _KERNELS:
             times = {"scan": params.get("length"), "shard_map": num_devices}.get(name, 1)
-            total += times * sum(product_flops(inner, num_devices) for inner in _inner(params))
+            total += times * sum(product_flops(inner, num_devices) for inner in inner_programs(params))
     return total
 
 
-def _live(jaxpr):
+def live_equations(jaxpr):
     """Equations on whose results those of the program depend."""
     needed = {id(variable) for variable in jaxpr.outvars}
     for equation in reversed(jaxpr.eqns):
@@ -52,7 +52,7 @@ def _live(jaxpr):
             yield equation
 
 
-def _inner(params):
+def inner_programs(params):
     """Programs among the parameters of an equation: of a loop, a call, a recomputed layer."""
     for value in params.values():
         for item in value if isinstance(value, (tuple, list)) else (value,):

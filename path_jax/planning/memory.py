@@ -1,9 +1,21 @@
 """Where a step's memory goes on one device."""
 
-from path_jax.planning.compilation import Buffer, Program, sharded_bytes
+import dataclasses
+
+from path_jax.planning.compilation import Program, sharded_bytes
+from path_jax.planning.flops import inner_programs, live_equations
 from path_jax.planning.hlo import computations, value_bytes
 
 _NOT_ARRAYS = ("parameter", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "constant", "call")
+
+
+@dataclasses.dataclass(frozen=True)
+class Buffer:
+    """An array of the program: its bytes on one device, its type, and the operation of the model that makes it."""
+
+    bytes: int
+    shape: str
+    source: str
 
 
 def memory_by_kind(program: Program) -> dict[str, int]:
@@ -41,4 +53,27 @@ def largest_buffers(program: Program, count: int = 10) -> list[Buffer]:
                 continue
             shape = operation.result.split("{")[0]
             found[shape, operation.source] = Buffer(value_bytes(operation.result), shape, operation.source)
+    return sorted(found.values(), key=lambda buffer: -buffer.bytes)[:count]
+
+
+def largest_arrays(jaxpr, num_devices: int, count: int = 10) -> list[Buffer]:
+    """The largest arrays of a traced step, one for each type and source: for programs that the compiler gave up.
+
+    Fewer may exist once operations are fused. Bytes are those of an even share of the whole array, as all large ones
+    are cut.
+    """
+    found = {}
+
+    def visit(jaxpr, parts):
+        for equation in live_equations(jaxpr):
+            inside = 1 if equation.primitive.name == "shard_map" else parts
+            for inner in inner_programs(equation.params):
+                visit(inner, inside)
+            for variable in equation.outvars:
+                shape, source = variable.aval.str_short(short_dtypes=True), str(equation.source_info.name_stack)
+                if hasattr(variable.aval, "dtype"):
+                    size = variable.aval.size * variable.aval.dtype.itemsize // parts
+                    found[shape, source] = Buffer(size, shape, source)
+
+    visit(jaxpr, num_devices)
     return sorted(found.values(), key=lambda buffer: -buffer.bytes)[:count]

@@ -14,7 +14,8 @@ class Chip:
     """One accelerator, in the vendor's public numbers; rates are per second, of one chip.
 
     Attributes:
-      peak: dense bf16 FLOP/s; memory: bytes of HBM; bandwidth: bytes/s of HBM.
+      peak: dense bf16 FLOP/s; memory: bytes of HBM, of a TPU those that libtpu gives to programs; bandwidth: bytes/s of
+        HBM.
       link: bytes/s of one link in one direction; a TPU has two links for each axis of its torus, a GPU all of NVLink.
       network: bytes/s of a GPU's share of the network between hosts, in one direction.
       wraps: size from which on an axis of the TPU's torus is a ring.
@@ -32,9 +33,9 @@ class Chip:
 # NVIDIA's data sheets of the H100 SXM5 80GB and of the DGX H100 (900 GB/s of NVLink in both directions, eight 400
 # Gbit/s adapters).
 CHIPS = {
-    "v5e": Chip(peak=197e12, memory=16 * 2**30, bandwidth=819e9, link=50e9, wraps=16),
-    "v5p": Chip(peak=459e12, memory=95 * 2**30, bandwidth=2765e9, link=100e9, wraps=4),
-    "v6e": Chip(peak=918e12, memory=32 * 2**30, bandwidth=1640e9, link=112e9, wraps=16),
+    "v5e": Chip(peak=197e12, memory=int(15.75 * 2**30), bandwidth=819e9, link=50e9, wraps=16),
+    "v5p": Chip(peak=459e12, memory=int(95.73 * 2**30), bandwidth=2765e9, link=100e9, wraps=4),
+    "v6e": Chip(peak=918e12, memory=int(31.24 * 2**30), bandwidth=1640e9, link=112e9, wraps=16),
     "h100": Chip(peak=989e12, memory=80 * 2**30, bandwidth=3350e9, link=450e9, network=50e9),
 }
 
@@ -123,18 +124,14 @@ def _tpu_devices(topology):
         os.environ.setdefault(name, value)
     if not jax.config.jax_platforms:
         jax.config.update("jax_platforms", "cpu")  # leave an attached accelerator alone
-    smallest = (2, 2, 1) if len(topology.shape) == 3 else (2, 2)
-    asked = tuple(map(max, topology.shape, smallest)) if topology.num_devices == 1 else topology.shape
     try:
-        found = topologies.get_topology_desc(
-            platform="tpu", topology_name=f"{topology.kind}:{'x'.join(map(str, asked))}"
-        )
+        devices = topologies.get_topology_desc(platform="tpu", topology_name=topology.name).devices
     except (RuntimeError, ImportError, NotImplementedError) as error:
         reason = " ".join(str(error).split())
         if "libtpu" in reason and ("not" in reason or "find" in reason):
             raise ValueError(f"plans for TPUs need libtpu: pip install path-jax[tpu] ({reason})") from error
         raise ValueError(f"libtpu does not know the topology {topology.name}: {reason}") from error
-    return list(found.devices[: topology.num_devices])
+    return list(devices)
 
 
 def axis_bandwidths(topology: Topology, mesh: jax.sharding.Mesh) -> dict[str, float]:

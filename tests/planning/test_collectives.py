@@ -115,6 +115,8 @@ def test_a_loop_of_unknown_length_counts_once_and_is_reported():
         ("{}", [[0, 1, 2, 3]]),
         ("mesh['a'=2,'b'=2] {'a'}", [[0, 2], [1, 3]]),
         ("mesh['a'=2,'b'=2] {'b','a'}", [[0, 2, 1, 3]]),
+        ("mesh['a'=1,'b'=2,'c'=2], device_ids=([2,2]T(1,0)) {'b'}", [[0, 1], [2, 3]]),
+        ("mesh['a'=4] {'a':(1)2}", None),
         ("@mesh{axes}", None),
     ],
 )
