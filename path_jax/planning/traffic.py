@@ -54,31 +54,39 @@ class _Traffic:
         return type_bytes(operation.result) + sum(type_bytes(x.result) for x in operands)
 
     def _of_fusion(self, fusion, operands):
-        inside = [x for name in fusion.called("calls") for x in self._parts.get(name, ())]
-        by_name = {operation.name: operation for operation in inside}
-        users = {}
-        for operation in inside:
-            for position, name in enumerate(operation.operands):
-                users.setdefault(name, []).append((operation, position))
         total, updated = 0, 0
-        for parameter in (x for x in inside if x.opcode == "parameter"):
-            number = int(parameter.line.split("parameter(")[1].split(")")[0])
-            whole = type_bytes(operands[number].result) if number < len(operands) else 0
-            uses = list(self._uses(parameter.name, users))
-            if whole and uses and all(x.opcode in _SLICES and place == 0 for x, place in uses):
-                whole = min(whole, sum(type_bytes(x.result, in_hbm=False) for x, _ in uses))
-            elif whole and uses and all(x.opcode == "dynamic-update-slice" and place == 0 for x, place in uses):
+        (name,) = fusion.called("calls")
+        for number, operand in enumerate(operands):
+            whole, uses = type_bytes(operand.result), list(self._uses(name, number))
+            if whole and uses and all(x.opcode in _SLICES and place == 0 for x, place, _ in uses):
+                total += min(whole, sum(type_bytes(x.result, in_hbm=False) for x, _, _ in uses))
+            elif whole and uses and all(x.opcode == "dynamic-update-slice" and place == 0 for x, place, _ in uses):
                 updated += whole  # in place: the result is this operand but for what is put in
-                puts = (by_name.get(x.operands[1]) for x, _ in uses)
-                total += 2 * sum(type_bytes(x.result, in_hbm=False) for x in puts if x is not None)
-                whole = 0
-            total += whole
+                puts = [scope[x.operands[1]] for x, _, scope in uses]
+                total += 2 * sum(type_bytes(x.result, in_hbm=False) for x in puts)
+            else:
+                total += whole
         return total + max(0, type_bytes(fusion.result) - updated)
 
-    def _uses(self, name, users):
-        """(operation, position of the operand) of those that use an array, through renamings."""
-        for operation, position in users.get(name, ()):
-            if operation.opcode in ("bitcast", "copy", "reshape"):
-                yield from self._uses(operation.name, users)
-            else:
-                yield operation, position
+    def _uses(self, name, number):
+        """(operation, position of the operand, its computation) of those that use a parameter of a fused computation,
+        through renamings and fusions inside."""
+        scope = {operation.name: operation for operation in self._parts.get(name, ())}
+        users = {}
+        for operation in scope.values():
+            for position, operand in enumerate(operation.operands):
+                users.setdefault(operand, []).append((operation, position))
+
+        def follow(array):
+            for operation, position in users.get(array, ()):
+                if operation.opcode in ("bitcast", "copy", "reshape"):
+                    yield from follow(operation.name)
+                elif operation.opcode == "fusion":
+                    for inner in operation.called("calls"):
+                        yield from self._uses(inner, position)
+                else:
+                    yield operation, position, scope
+
+        parameters = (x for x in scope.values() if x.opcode == "parameter" and f"parameter({number})" in x.line)
+        for parameter in parameters:
+            yield from follow(parameter.name)

@@ -11,10 +11,16 @@ from path_jax.planning.traffic import hbm_bytes
 
 PROGRAM = """HloModule step
 
-%sliced (stack: f32[8,100], index: s32[]) -> f32[1,100] {
+%inner (stack: f32[8,100], index: s32[]) -> f32[1,100] {
   %stack = f32[8,100]{1,0} parameter(0)
   %index = s32[] parameter(1)
   ROOT %row = f32[1,100]{1,0} dynamic-slice(%stack, %index, %index), dynamic_slice_sizes={1,100}
+}
+
+%sliced (stack: f32[8,100], index: s32[]) -> f32[1,100] {
+  %stack = f32[8,100]{1,0} parameter(0)
+  %index = s32[] parameter(1)
+  ROOT %row = f32[1,100]{1,0} fusion(%stack, %index), kind=kLoop, calls=%inner
 }
 
 %updated (stack: f32[8,100], row: f32[1,100], index: s32[]) -> f32[8,100] {
