@@ -34,6 +34,7 @@ from path_jax.planning.topology import parse_topology
 from path_jax.planning.traffic import hbm_bytes
 
 _GIB = 2**30
+_SHOWN = ("mixer", "num_layers", "embed_dim", "num_heads", "head_dim", "mlp_dim", "vocab_size", "remat", "dtype")
 
 
 def plan(
@@ -69,6 +70,7 @@ def plan(
 
     used = peak(batch_size)
     result = {
+        "model": {x: getattr(experiment.model.config, x) for x in _SHOWN},
         "topology": topology.name,
         "num_devices": topology.num_devices,
         "mesh": mesh,
@@ -202,7 +204,7 @@ def main(argv):
     except (ValueError, NotImplementedError, ImportError, OSError) as error:
         sys.exit(f"plan: {' '.join(str(error).split())}")
     if values.json:
-        print(json.dumps(result))
+        print(json.dumps(result | {"arguments": [x for x in sys.argv[1:] if x not in ("--json", "--nosearch")]}))
     else:
         for table in tables(result):
             Console().print(table)
