@@ -12,6 +12,7 @@ Ends with status 0 when the step fits, 1 when it does not, naming the largest bu
 
 import dataclasses
 import json
+import re
 import sys
 import time
 from collections.abc import Mapping
@@ -34,6 +35,7 @@ from path_jax.planning.topology import parse_topology
 from path_jax.planning.traffic import hbm_bytes
 
 _GIB = 2**30
+_IN_LAYERS = re.compile(r"DecoderLM\)+/while|/layers")  # operations of the scan over layers, or of a layer
 _SHOWN = ("mixer", "num_layers", "embed_dim", "num_heads", "head_dim", "mlp_dim", "vocab_size", "remat", "dtype")
 
 
@@ -117,6 +119,7 @@ def _analysis(experiment, topology, program) -> dict:
         "compile_seconds": program.seconds,
         "memory": memory_by_kind(program),
         "collectives": _totals(collectives),
+        "layer_collectives": _totals([x for x in collectives if _IN_LAYERS.search(x.source)]),
         "largest_collectives": [
             dataclasses.asdict(x) | {"sent_bytes": x.sent_bytes}
             for x in sorted(collectives, key=lambda x: -x.sent_bytes)[:12]

@@ -22,7 +22,7 @@ class Collective:
         of naming them is not known here; group_size: devices in a group.
       count: how often it runs, loops multiplied out.
       payload_bytes: of one run: the whole array that is gathered, or a device's share of what is summed or moved.
-      source: operation of the model that it comes from.
+      source: operation of the model that it comes from, or the loop that it is in.
       channel: number that the compiler gave it, the same where it occurs several times in fusions that run beside it.
     """
 
@@ -90,7 +90,8 @@ class _Walk:
                 return []
             trips = num_trips(operation, results, self._parts.get(operation.called("condition")[0], ()))
             self.num_unknown_loops += trips is None
-            return [dataclasses.replace(x, count=x.count * (1 if trips is None else trips)) for x in inside]
+            times = 1 if trips is None else trips
+            return [dataclasses.replace(x, count=x.count * times, source=x.source or operation.source) for x in inside]
         if operation.opcode == "conditional":
             branches = operation.called("branch_computations")
             branches = branches or operation.called("true_computation") + operation.called("false_computation")
