@@ -73,9 +73,10 @@ class _Walk:
                 for collective in self._of_operation(operation, results):
                     # TPU: one that runs beside other work is named where it starts, goes on and ends.
                     if operation.opcode == "fusion" and collective.channel is not None:
-                        if collective.channel in fused:
+                        key = collective.channel, collective.kind, collective.payload_bytes
+                        if key in fused:
                             continue
-                        fused.add(collective.channel)
+                        fused.add(key)
                     found.append(collective)
             self._found[name] = found
         return self._found[name]

@@ -70,7 +70,7 @@ ENTRY %main (p: f32[16]) -> f32[16] {
   %b = bf16[16]{0} convert(%p)
   %zero = s32[] constant(0)
   %init = (s32[], f32[16]{0}) tuple(%zero, %p)
-  %layers = (s32[], f32[16]{0}) while(%init), condition=%outer_condition, body=%outer_body, metadata={op_name="jit(step)/while"}, NOTED
+  %layers = (s32[], f32[16]{0}) while(%init), condition=%outer_condition, body=%outer_body, NOTED
   %both = (f32[16]{0}, bf16[16]{0}) all-reduce(%p, %b), replica_groups=[8,1]<=[8], to_apply=%add
   %starting = (f32[16]{0}, f32[32]{0}) all-gather-start(%p), GROUPS, dimensions={0}
   %done = f32[32]{0} all-gather-done(%starting)
@@ -80,7 +80,9 @@ ENTRY %main (p: f32[16]) -> f32[16] {
   %begun = ((f32[16]{0}), f32[16]{0}, u32[]) async-start(%p), calls=%wrapped
   ROOT %ended = f32[16]{0} async-done(%begun), calls=%wrapped
 }
-""".replace("GROUPS", GROUPS).replace("NOTED", 'backend_config={"known_trip_count":{"n":"3"}}')
+""".replace("GROUPS", GROUPS).replace(
+    "NOTED", 'metadata={op_name="jit(step)/while"}, backend_config={"known_trip_count":{"n":"3"}}'
+)
 
 
 def test_loops_branches_fusions_and_pairs_of_start_and_done_count_as_they_run():
