@@ -33,28 +33,31 @@ def mesh_of(plan: Mapping[str, Any]) -> str:
 def by_hand(plan: Mapping[str, Any]) -> dict[str, float]:
     """Bytes that a device sends for the layers of a recomputed PaTH language model.
 
-    With K parameters in a layer's kernels, n devices on the axis fsdp, t on tensor, all in the compute dtype:
-    gathered twice, forward and recomputed, 2 L K / t (n - 1) / n;  gradients scattered once, half of that;  activations
-    [B T D] summed over tensor five times in a layer (behind o_proj and down_proj forward, o_proj recomputed, and the
-    inputs of mixer and MLP backward), each 2 (t - 1) / t.
+    With M parameters in the kernels of a layer's MLP and A in those of its mixer, n devices on the axis fsdp, t on
+    tensor, all in the compute dtype:  gathered for the forward pass and the recomputation, and the mixer's once more
+    for the gradients of its inputs, L (2 M + 3 A) / t (n - 1) / n;  gradients scattered once, L (M + A) / t (n - 1) / n;
+    activations [B T D] summed over tensor five times in a layer (behind o_proj and down_proj forward, o_proj
+    recomputed, and the inputs of mixer and MLP backward), each 2 (t - 1) / t.
     """
     model, mesh = plan["model"], plan["mesh"]
     size, width, heads = _BYTES[model["dtype"]], model["embed_dim"], model["num_heads"] * model["head_dim"]
-    kernels = 4 * width * heads + 3 * width * model["mlp_dim"] + 32 * (width + heads) + 2 * width * model["num_heads"]
-    per_device = size * model["num_layers"] * kernels / mesh["tensor"]
+    mlp = 3 * width * model["mlp_dim"]
+    mixer = 4 * width * heads + 32 * (width + heads) + 2 * width * model["num_heads"]
+    layers = size * model["num_layers"] / mesh["tensor"]
     share = lambda axis: 1 - 1 / mesh[axis]
     tokens = plan["batch_size"] * plan["sequence_length"] / (mesh["data"] * mesh["fsdp"] * mesh["sequence"])
     return {
-        "kernels gathered over fsdp": 2 * per_device * share("fsdp"),
-        "gradients scattered over fsdp": per_device * share("fsdp"),
+        "kernels gathered over fsdp": layers * (2 * mlp + 3 * mixer) * share("fsdp"),
+        "gradients scattered over fsdp": layers * (mlp + mixer) * share("fsdp"),
         "activations summed over tensor": 5 * model["num_layers"] * 2 * share("tensor") * tokens * width * size,
     }
 
 
 def compiled(plan: Mapping[str, Any]) -> dict[str, float]:
     """The same of the compiled program."""
-    layers = [x for x in plan["layer_collectives"]]
-    sent = lambda kind, axes: sum(x["sent_bytes"] for x in layers if x["kind"] == kind and x["axes"] == axes)
+    sent = lambda kind, axes: sum(
+        x["sent_bytes"] for x in plan["layer_collectives"] if x["kind"] == kind and x["axes"] == axes
+    )
     return {
         "kernels gathered over fsdp": sent("all-gather", "fsdp"),
         "gradients scattered over fsdp": sent("reduce-scatter", "fsdp"),

@@ -30,6 +30,12 @@ def test_more_devices_than_jax_runs_with():
         find_devices(parse_topology("cpu:4096"))
 
 
+def test_a_missing_compiler_names_its_extra(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"path-jax\[tpu\]"):
+        find_devices(parse_topology("v5e:2x2"))
+
+
 def mesh_of(devices, **axes):
     return types.SimpleNamespace(axis_names=tuple(axes), devices=np.array(devices).reshape(*axes.values()))
 
