@@ -35,8 +35,8 @@ def by_hand(plan: Mapping[str, Any]) -> dict[str, float]:
 
     With M parameters in the kernels of a layer's MLP and A in those of its mixer, n devices on the axis fsdp, t on
     tensor, all in the compute dtype:  gathered for the forward pass and the recomputation, and the mixer's once more
-    for the gradients of its inputs, L (2 M + 3 A) / t (n - 1) / n;  gradients scattered once, L (M + A) / t (n - 1) / n;
-    activations [B T D] summed over tensor five times in a layer (behind o_proj and down_proj forward, o_proj
+    for the gradients of its inputs, L (2 M + 3 A) / t (n - 1) / n;  gradients scattered once, L (M + A) / t (n - 1) /
+    n;  activations [B T D] summed over tensor five times in a layer (behind o_proj and down_proj forward, o_proj
     recomputed, and the inputs of mixer and MLP backward), each 2 (t - 1) / t.
     """
     model, mesh = plan["model"], plan["mesh"]
