@@ -59,7 +59,7 @@ def largest_buffers(program: Program, count: int = 10) -> list[Buffer]:
 def largest_arrays(jaxpr, num_devices: int, count: int = 10) -> list[Buffer]:
     """The largest arrays of a traced step, one for each type and source: for programs that the compiler gave up.
 
-    Fewer may exist once operations are fused. Bytes are those of an even share of the whole array, as all large ones
+    Fewer may exist once operations are fused; what attention needs inside depends on the platform and is left out. Bytes are those of an even share of the whole array, as all large ones
     are cut.
     """
     found = {}
@@ -67,7 +67,8 @@ def largest_arrays(jaxpr, num_devices: int, count: int = 10) -> list[Buffer]:
     def visit(jaxpr, parts):
         for equation in live_equations(jaxpr):
             inside = 1 if equation.primitive.name == "shard_map" else parts
-            for inner in inner_programs(equation.params):
+            is_attention = equation.params.get("branches_platforms") is not None  # arrays of other platforms' programs
+            for inner in () if is_attention else inner_programs(equation.params):
                 visit(inner, inside)
             for variable in equation.outvars:
                 shape, source = variable.aval.str_short(short_dtypes=True), str(equation.source_info.name_stack)
