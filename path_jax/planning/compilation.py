@@ -22,6 +22,7 @@ from path_jax.training.optim import make_optimizer
 from path_jax.training.state import abstract_state
 from path_jax.training.step import make_train_step
 
+_FILE_SOURCES = ("files", "tokens", "tfds", "prepared", "fasta")
 _UNREAD = "unread"  # stands for files that a plan does not look at
 
 
@@ -74,7 +75,7 @@ def describe(config: Mapping[str, Any], topology: Topology) -> Experiment:
     """
     config = dict(config)
     data = config.get("data", {})
-    if not data.get("path", "") and data.get("source") in ("files", "tokens", "tfds"):
+    if not data.get("path", "") and data.get("source") in _FILE_SOURCES:
         config["data"] = dict(data) | {"path": _UNREAD}
     if "conversion" in config and not config["conversion"].get("teacher"):
         config["conversion"] = dict(config["conversion"]) | {"teacher": _UNREAD}

@@ -59,8 +59,8 @@ def largest_buffers(program: Program, count: int = 10) -> list[Buffer]:
 def largest_arrays(jaxpr, num_devices: int, count: int = 10) -> list[Buffer]:
     """The largest arrays of a traced step, one for each type and source: for programs that the compiler gave up.
 
-    Fewer may exist once operations are fused; what attention needs inside depends on the platform and is left out. Bytes are those of an even share of the whole array, as all large ones
-    are cut.
+    Fewer may exist once operations are fused; what attention needs inside depends on the platform and is left out.
+    Bytes are those of an even share of the whole array, as all large ones are cut.
     """
     found = {}
 
