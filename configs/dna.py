@@ -13,6 +13,8 @@ Trained at one length, evaluated there and at two and four times it, by the numb
 through. fasta: next letters of every record, one token each; a twentieth of the records is held out, or the end of a
 single one. The two mixers have the same number of parameters: RoPE, without reflections and gates, has a wider MLP. The
 settings are ours. `debug` takes seconds on a CPU and learns little; `small` takes minutes.
+
+The default fits on cpu:1 (`path_jax.plan`).
 """
 
 from configs import common

@@ -11,6 +11,8 @@ ignored instructions, tested there and on 98 % (sparse) and 10 % (dense). The pa
 RoPE 6.9, 40.3, 0.01; stick-breaking 9.6, 38.9, 0; FoX 8.3, 36.3, 0; PaTH 0, 0.0001, 0. It does not state its length,
 steps and learning rates. `paper` takes 512 tokens and 16 rows from Liu et al. (arXiv 2306.00946) and 20,000 steps;
 `cpu` is 256 tokens and 2,000 steps, minutes on a CPU.
+
+The default fits on cpu:1 (`path_jax.plan`).
 """
 
 from configs import common

@@ -16,6 +16,8 @@ factors. `cpu` takes minutes and multiplies swaps of five things, which is the c
 one reflection, and after two of them the product is in A5, whatever they are. `group=a5,generators=involutions` has
 words of A5 whose factors are the 15 elements of order 2, half turns of an icosahedron: reflections but for a sign. Each
 row begins with a token of its own. Evaluated at one, two and four times the length.
+
+The default fits on cpu:1 (`path_jax.plan`).
 """
 
 from configs import common

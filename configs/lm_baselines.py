@@ -5,7 +5,8 @@
 
 Argument: size = debug | quickstart | 125m | 360m | 760m, mixer = fox | fox_pro | rope | rope_pro | nope.
 
-quickstart trains the baseline on the same bytes with the same recipe as lm_path.py's quickstart, for comparison.
+quickstart trains the baseline on the same bytes with the same recipe as lm_path.py's quickstart, for comparison. It
+fits on cpu:1 (`path_jax.plan`).
 
 The sizes from 125m on follow Lin et al., "Forgetting Transformer" (arXiv 2503.02130) and its published configurations:
 sequences of 16384 tokens, 32 in a batch, AdamW (0.9, 0.95), weight decay 0.1, clipping at 1, warm-up over 256 Mi

@@ -24,6 +24,8 @@ take learning rates from 3e-5 to 3e-2 and widths from 16 to 256. `cpu` has 500 k
 (5000 steps in the paper): attention stays at a plateau where a rate of 3e-3 comes before it has found the token before.
 As in their code, attention, based, base_conv, h3, hyena, mamba and deltanet have learned positions, mamba has no MLPs,
 and based is a gated short convolution in the first layer and linear attention in the second; base_conv is long filters.
+
+The default fits on cpu:1 (`path_jax.plan`).
 """
 
 from configs import common

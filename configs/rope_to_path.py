@@ -12,7 +12,8 @@ path_fox.
 The student starts from the teacher's parameters; w, beta and gates are new. mse: every mixer imitates the teacher's on
 the teacher's inputs. kl: the whole model imitates the teacher's distributions. lm: next-token prediction.
 
-quickstart converts the 4-layer byte-level model above in two million tokens, minutes on two CPU cores. The SmolLM2
+quickstart converts the 4-layer byte-level model above in two million tokens, minutes on two CPU cores; it fits on cpu:1
+(`path_jax.plan`). The SmolLM2
 sizes follow Yang et al., "PaTH Attention" (arXiv 2505.16381), section 4: 100 million tokens of mse, 3 billion of kl, 21
 billion of lm, on data of the teacher's kind (a directory of `.npy` token files); the paper converts the 1.7b model. It
 states neither batch nor learning rates; ours are those of lm_path.py, the peak a third in kl and lm. The teacher is a

@@ -10,6 +10,8 @@ A row is a program of assignments, copies, conditions and prints, in tokens such
 English text of moves and questions; only the answers are learned and scored. Trained at one length, evaluated there and
 at two and four times it. Attention mixers have the same number of parameters: those without reflections and gates have
 a wider MLP. The settings are ours; the question is the one that opens the PaTH paper.
+
+The default fits on cpu:1 (`path_jax.plan`).
 """
 
 from configs import common
