@@ -111,8 +111,15 @@ def compile_step(experiment: Experiment, topology: Topology, batch_size: int) ->
                 raise OutOfMemory(str(error), needed, traced.jaxpr) from None
             raise ValueError(f"the compiler for {topology.name} fails: {str(error).strip().splitlines()[0]}") from error
     memory = compiled.memory_analysis()
+    try:
+        hlo = compiled.as_text()
+    except jax.errors.JaxRuntimeError as error:
+        raise ValueError(
+            f"JAX {jax.__version__} cannot read what this libtpu compiles; install the one that it asks for, "
+            f"pip install 'jax[tpu]=={jax.__version__}': {str(error).splitlines()[0]}"
+        ) from error
     return Program(
-        hlo=compiled.as_text(),
+        hlo=hlo,
         jaxpr=traced.jaxpr,
         seconds=time.perf_counter() - start,
         state=state,
