@@ -8,6 +8,7 @@ Argument: checkpoint = a directory or a .gguf file. The model is the checkpoint'
 models read the standard library unless told otherwise; others tokens of the checkpoint's own vocabulary.
 
 The recipe is lm_path.py's with a tenth of its peak learning rate: a thousand steps of 32 sequences of 1024 tokens.
+SmolLM2-135M fits on cpu:1 with 24 GiB (`path_jax.plan`).
 """
 
 import dataclasses
