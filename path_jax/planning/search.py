@@ -9,15 +9,15 @@ _MOST_TIMES = 64  # the configuration's batch: no larger one is looked for
 
 @dataclasses.dataclass(frozen=True)
 class LargestBatch:
-    """Attributes:
-    batch_size: the largest that was compiled and fits, 0 for none; peak_bytes: of one device with it.
-    next_size: the smallest that is known, by the line through two compiled sizes or by compiling, not to fit.
-    num_compiled: compilations, the one that came first included.
+    """What was found.
+
+    Attributes:
+      batch_size: the largest that was compiled and fits, 0 for none; peak_bytes: of one device with it.
+      num_compiled: compilations, the one that came first included.
     """
 
     batch_size: int
     peak_bytes: int
-    next_size: int
     num_compiled: int
 
 
@@ -43,12 +43,7 @@ def largest_batch(peak: Callable[[int], int], unit: int, batch_size: int, first_
         too_large = min((size for size, used in known.items() if used > memory), default=limit + unit)
         guess = min(max(_crossing(known, memory) // unit * unit, fitting + unit), too_large - unit)
         if guess <= fitting or guess < unit or len(known) >= _MOST_COMPILATIONS:
-            return LargestBatch(
-                fitting,
-                known.get(fitting, 0),
-                max(fitting + unit, _crossing(known, memory) // unit * unit + unit),
-                len(known),
-            )
+            return LargestBatch(fitting, known.get(fitting, 0), len(known))
         measure(guess)
 
 
