@@ -124,9 +124,10 @@ def describe_experiment(config: Mapping[str, Any], devices=None) -> Experiment:
             f"data.batch_size={data.batch_size} is not a multiple of {shards} data shards x "
             f"train.accumulate={train.accumulate}"
         )
-    if data.sequence_length % mesh.shape["sequence"]:
+    if mesh.shape["sequence"] > 1 and data.sequence_length % (2 * mesh.shape["sequence"]):
         raise ValueError(
-            f"data.sequence_length={data.sequence_length} is not a multiple of mesh.sequence={mesh.shape['sequence']}"
+            f"data.sequence_length={data.sequence_length} is not a multiple of twice "
+            f"mesh.sequence={mesh.shape['sequence']}: attention cuts every shard in two"
         )
     make_schedule(optim, train.num_steps)
     model = DecoderLM(model_config)

@@ -194,7 +194,7 @@ def test_clocks_that_jump_do_not_matter(corpus, undisturbed, tmp_path, monkeypat
 def test_a_sequence_that_its_axis_does_not_divide(corpus, tmp_path):
     config = tiny_config.get_config(str(corpus))
     config.data.sequence_length = 30
-    with pytest.raises(ValueError, match="sequence_length=30 is not a multiple of mesh.sequence=8"):
+    with pytest.raises(ValueError, match="sequence_length=30 is not a multiple of twice mesh.sequence=8"):
         make_experiment(config.to_dict() | {"mesh": {"sequence": 8}})
 
 
