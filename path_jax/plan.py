@@ -108,7 +108,7 @@ def _analysis(experiment, topology, program) -> dict:
     config, data = experiment.model.config, experiment.data
     tokens = data.batch_size * data.sequence_length
     collectives, num_unknown_loops = find_collectives(program.hlo, dict(experiment.mesh.shape))
-    attention = attention_flops(config, data.batch_size, data.sequence_length)
+    attention = attention_flops(config, data.batch_size, data.sequence_length, experiment.mesh.shape["sequence"])
     products = product_flops(program.jaxpr.jaxpr, topology.num_devices)
     if config.implementation is not None:
         attention = 0.0  # a named implementation's products, where it has any, are among the program's

@@ -7,12 +7,15 @@ from path_jax.models import ModelConfig
 _KERNELS = ("pallas_call", "mosaic_gpu_kernel_call", "triton_call")
 
 
-def attention_flops(config: ModelConfig, batch_size: int, length: int) -> float:
-    """FLOPs of comparing queries with keys and summing values in one step, with causal accounting.
+def attention_flops(config: ModelConfig, batch_size: int, length: int, num_shards: int = 1) -> float:
+    """FLOPs of the attention kernels of one step: comparing queries with keys and summing values, causally.
 
-    Twelve per head dimension, head and visible key, forward and backward; sixteen where a layer is recomputed.
+    Twelve per head dimension, head and visible key, forward and backward; sixteen where a layer is recomputed. Over
+    `num_shards` of a ring, kernels see two chunks of a shard, each by itself; what passes between chunks is products of
+    the program.
     """
-    per_token = config.train_flops_per_token(0, length) - config.train_flops_per_token(0, -1)
+    chunk = length / (2 * num_shards) if num_shards > 1 else length
+    per_token = config.train_flops_per_token(0, chunk) - config.train_flops_per_token(0, -1)
     return batch_size * length * per_token * (16 / 12 if config.remat == "full" else 1)
 
 

@@ -81,6 +81,7 @@ def test_flops_are_six_per_parameter_and_token_and_those_of_attention(sharded):
     matrices = count_parameters(config) - config.vocab_size * config.embed_dim
     attention = 12 * LAYERS * WIDTH * (LENGTH + 1) / 2 * tokens
     assert attention_flops(config, BATCH, LENGTH) == pytest.approx(attention)
+    assert attention_flops(config, BATCH, LENGTH, 2) == pytest.approx(attention_flops(config, 4 * BATCH, LENGTH // 4))
     counted = product_flops(program.jaxpr.jaxpr, 8) + attention
     assert counted == pytest.approx(6 * matrices * tokens + attention, rel=0.2)
     model = config.train_flops_per_token(count_parameters(config), LENGTH) * tokens
