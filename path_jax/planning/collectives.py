@@ -71,8 +71,9 @@ class _Walk:
             found, fused = [], set()
             for operation in results.values():
                 for collective in self._of_operation(operation, results):
-                    # TPU: one that runs beside other work is named where it starts, goes on and ends.
-                    if operation.opcode == "fusion" and collective.channel is not None:
+                    # TPU: a gather or move that runs beside other work is named where it starts, goes on and ends.
+                    is_repeated = operation.opcode == "fusion" and collective.kind != "reduce-scatter"
+                    if is_repeated and collective.channel is not None:
                         key = collective.channel, collective.kind, collective.payload_bytes
                         if key in fused:
                             continue

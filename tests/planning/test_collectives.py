@@ -60,6 +60,11 @@ PROGRAM = """HloModule jit_step
   ROOT %own = f32[8]{0} dynamic-slice(%whole, %index), dynamic_slice_sizes={8}
 }
 
+%async_collective_fusion.1 (value: f32[16]) -> f32[32] {
+  %value = f32[16]{0} parameter(0)
+  ROOT %going = f32[32]{0} all-gather(%value), GROUPS, dimensions={0}
+}
+
 %wrapped (value: f32[16]) -> f32[16] {
   %value = f32[16]{0} parameter(0)
   ROOT %all = f32[16]{0} all-to-all(%value), replica_groups={}, dimensions={0}
@@ -75,7 +80,9 @@ ENTRY %main (p: f32[16]) -> f32[16] {
   %starting = (f32[16]{0}, f32[32]{0}) all-gather-start(%p), GROUPS, dimensions={0}
   %done = f32[32]{0} all-gather-done(%starting)
   %chosen = f32[16]{0} conditional(%which, %p, %p), branch_computations={%branch_a, %branch_b}
-  %beside = f32[8]{0} fusion(%p), kind=kOutput, calls=%all-reduce-scatter.1
+  %begins = f32[32]{0} fusion(%p), kind=kCustom, calls=%async_collective_fusion.1
+  %goes_on = f32[32]{0} fusion(%p), kind=kOutput, calls=%async_collective_fusion.1
+  %another = f32[8]{0} fusion(%p), kind=kCustom, calls=%all-reduce-scatter.1
   %scattered = f32[8]{0} fusion(%p), kind=kCustom, calls=%all-reduce-scatter.1
   %begun = ((f32[16]{0}), f32[16]{0}, u32[]) async-start(%p), calls=%wrapped
   ROOT %ended = f32[16]{0} async-done(%begun), calls=%wrapped
@@ -95,11 +102,13 @@ def test_loops_branches_fusions_and_pairs_of_start_and_done_count_as_they_run():
         ("all-reduce", "", 1, 1, 96),  # a tuple of float32 and bfloat16
         ("all-gather", "fsdp", 2, 1, 128),
         ("all-reduce", "tensor", 4, 1, 64),  # the branch that sends
+        ("all-gather", "fsdp", 2, 1, 128),  # named twice
+        ("reduce-scatter", "fsdp", 2, 1, 64),
         ("reduce-scatter", "fsdp", 2, 1, 64),
         ("all-to-all", "fsdp+tensor", 8, 1, 64),
     ]
     assert [x.source for x in found[:3]] == ["jit(step)/while", "jit(step)/mlp/gather", ""]
-    assert [x.sent_bytes for x in found] == [9 * 64, 3 * 64, 0, 64, 2 * 48, 32, 56]
+    assert [x.sent_bytes for x in found] == [9 * 64, 3 * 64, 0, 64, 2 * 48, 64, 32, 32, 56]
 
 
 def test_a_loop_of_unknown_length_counts_once_and_is_reported():
