@@ -9,6 +9,10 @@ Argument: size = debug | quickstart | 125m | 360m | 760m | 1b | 7b, mixer = path
 quickstart is a byte-level PaTH-FoX model of the Python standard library: about a million tokens, minutes on two CPU
 cores, at most 3.2 bits per byte on held-out modules.
 
+Measured with `path_jax.plan` (results/plans.md): quickstart fits on cpu:1, 760m on v5e:16x16 with
+--config.mesh.data=16 --config.mesh.fsdp=16, 7b with sequences of 32768 tokens on v5p:8x8x8 with 8 devices on each of
+the axes fsdp, sequence and tensor and --config.data.batch_size=64.
+
 The sizes from 125m on follow Yang et al., "PaTH Attention" (arXiv 2505.16381), section 4: sequences of 4096 tokens,
 batches of 2 million, 50 billion tokens (760m), AdamW with peak learning rate 1e-3 from and to 3e-5, warm-up over 1
 billion tokens, cosine, weight decay 0.01, clipping at 1, initialisation N(0, 0.02), Mistral's vocabulary of 32000. The
