@@ -66,6 +66,7 @@ def test_two_processes_train_like_one(corpus, alone, tmp_path):
         (2, 2, dict(data=1, fsdp=4)),
         (4, 1, dict(data=2, fsdp=2)),
         (4, 2, dict(data=2, fsdp=2, tensor=2)),
+        (4, 2, dict(data=2, fsdp=2, sequence=2)),
         (2, 2, dict(data=2, fsdp=1, sequence=2)),
         (4, 1, dict(data=1, fsdp=2, sequence=2)),
         (4, 1, dict(data=1, fsdp=1, sequence=4)),
