@@ -30,6 +30,13 @@ def mesh_of(plan: Mapping[str, Any]) -> str:
     return ", ".join(f"{axis} {size}" for axis, size in plan["mesh"].items() if size > 1) or "one device"
 
 
+def flops_by_hand(plan: Mapping[str, Any]) -> float:
+    """6 P T for P parameters and T tokens, and 12 N H for every visible key, head N and head dimension H."""
+    model, tokens = plan["model"], plan["batch_size"] * plan["sequence_length"]
+    heads = model["num_layers"] * model["num_heads"] * model["head_dim"]
+    return tokens * (6 * plan["num_parameters"] + 12 * heads * (plan["sequence_length"] + 1) / 2)
+
+
 def by_hand(plan: Mapping[str, Any]) -> dict[str, float]:
     """Bytes that a device sends for the layers of a recomputed PaTH language model.
 
@@ -84,6 +91,7 @@ def page(plans: list[Mapping[str, Any]], title: str, text: str) -> list[str]:
         [
             name_of(plan),
             f"{plan['flops']['model']:.4g}",
+            f"{plan['flops']['model'] / flops_by_hand(plan) - 1:+.1%}",
             f"{plan['flops']['program']:.4g}",
             *(f"{plan['seconds'][name]:.3f}" for name in ("compute", "hbm", "network")),
             plan["bound"],
@@ -109,11 +117,22 @@ def page(plans: list[Mapping[str, Any]], title: str, text: str) -> list[str]:
         "",
         *markdown_table(["configuration", "topology", "mesh", "batch", "GiB", "fits", "compiled in s"], fits),
         "",
-        "FLOPs of a step on all devices: the model's (six per parameter and token, and attention), and the program's "
-        "with what it recomputes. Seconds at the chip's public rates; a step takes at least the longest of the three.",
+        "FLOPs of a step on all devices: the model's, which leave out an untied embedding, beside six per parameter and "
+        "token and those of causal attention; and the program's with what it recomputes. Seconds at the chip's public rates; a step takes at least the longest of the three.",
         "",
         *markdown_table(
-            ["configuration", "model", "program", "compute s", "HBM s", "network s", "bound", "tokens/s at most"], times
+            [
+                "configuration",
+                "model",
+                "to 6 P T + attention",
+                "program",
+                "compute s",
+                "HBM s",
+                "network s",
+                "bound",
+                "tokens/s at most",
+            ],
+            times,
         ),
         "",
         "What a device sends in a step, loops multiplied out, by rings: GB, rows below 1 MB left out.",

@@ -10,7 +10,7 @@ _MODEL = dict(mixer="path_fox", num_layers=2, embed_dim=64, num_heads=4, head_di
 _PLAN = dict(
     arguments=["--config=configs/lm_path.py:size=760m", "--topology=v5e:2x2", "--config.mesh.tensor=2"],
     model=_MODEL | dict(remat="full", dtype="bfloat16"), topology="v5e:2x2",
-    mesh=dict(data=1, fsdp=2, sequence=1, tensor=2), batch_size=8, sequence_length=128, fits=True,
+    mesh=dict(data=1, fsdp=2, sequence=1, tensor=2), batch_size=8, sequence_length=128, num_parameters=10**6, fits=True,
     peak_bytes=3 * 2**30, memory_bytes=16 * 2**30, compile_seconds=12.4, step_seconds=0.5, bound="hbm",
     tokens_per_second=2048.0, seconds=dict(compute=0.25, hbm=0.5, network=0.125),
     flops=dict(model=1.5e12, program=2e12), collectives=[dict(kind="all-gather", axes="fsdp", count=6, sent_bytes=5e6)],
@@ -27,7 +27,7 @@ def test_page(tmp_path):
     name = "lm_path.py:size=760m mesh.tensor=2"
     row = lambda *cells: "| " + " | ".join((name, *cells)) + " |"
     assert row("v5e:2x2", "fsdp 2, tensor 2", "8 x 128", "3.00 of 16.00", "yes", "12") in text
-    assert row("1.5e+12", "2e+12", "0.250", "0.500", "0.125", "hbm", "2,048") in text
+    assert row("1.5e+12", "+24213.4%", "2e+12", "0.250", "0.500", "0.125", "hbm", "2,048") in text
     assert row("all-gather", "fsdp", "6", "0.005") in text
 
 
