@@ -117,8 +117,9 @@ def page(plans: list[Mapping[str, Any]], title: str, text: str) -> list[str]:
         "",
         *markdown_table(["configuration", "topology", "mesh", "batch", "GiB", "fits", "compiled in s"], fits),
         "",
-        "FLOPs of a step on all devices: the model's, which leave out an untied embedding, beside six per parameter and "
-        "token and those of causal attention; and the program's with what it recomputes. Seconds at the chip's public rates; a step takes at least the longest of the three.",
+        "FLOPs of a step on all devices: the model's, which leave out an untied embedding, beside six per parameter "
+        "and token and those of causal attention; and the program's with what it recomputes. Seconds at the chip's "
+        "public rates; a step takes at least the longest of the three.",
         "",
         *markdown_table(
             [
