@@ -197,6 +197,15 @@ def test_elsewhere_it_says_what_to_do():
             run(**inputs, implementation="tpu")
 
 
+def test_where_a_tpu_is_expected_other_platforms_have_the_same_results(monkeypatch):
+    """The program then keeps what the kernels would, zeros on other platforms."""
+    monkeypatch.setattr(operation.tuning, "is_tpu_expected", lambda: True)
+    inputs = cast(random_inputs(12, 64), "float32")
+    loss = lambda implementation: lambda inputs: path_attention(**inputs, implementation=implementation).sum()
+    found, expected = (jax.jit(jax.value_and_grad(loss(name)))(inputs) for name in (None, "xla"))
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
 def test_programs_for_a_tpu_get_the_kernels():
     inputs = cast(random_inputs(10, 300), "float32")
     assert "tpu_custom_call" not in str(jax.jit(path_attention).lower(**inputs).as_text())
