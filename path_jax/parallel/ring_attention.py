@@ -1,8 +1,7 @@
 """PaTH, PaTH-FoX and FoX attention over sequences that are sharded along their length.
 
-Call it inside `jax.shard_map`; `parallel.attention` does. With R shards a sequence is cut into 2 R chunks. Shard r has
-chunks 2 r and 2 r + 1 and takes over chunks r and 2 R - 1 - r (zig-zag), so that all shards have the same work under
-the causal mask; the result goes back the same way. Then
+Call it inside `jax.shard_map`; `parallel.attention` does. With R shards a sequence is cut into 2 R chunks, which change to
+the layout of `zigzag.py`, so that all shards have the same work, and the result goes back. Then
 
 1.  each chunk attends to itself, by the kernels of `pallas_kernels`, and is carried to its borders (`span_frames`);
 2.  transitions P (H x H) and sums of log gates of all chunks are gathered. A query of chunk c meets a key of an
@@ -28,6 +27,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import forgetting_attention, path_attention
 from pallas_kernels.householder import span_frames
+from path_jax.parallel.zigzag import from_zigzag, gather_chunks, to_zigzag
 
 _MASKED, _INITIAL_MAX = -2e30, -1e30  # masked logits lie below the first maximum: their exponentials are 0
 _TILES = (512, 256, 128, 64)  # keys at a time, while the logits of all queries of a chunk are there
@@ -109,7 +109,7 @@ def ring_attention(
     settings = _Settings(axis_name, num_shards, scale, window, tile_size)
     # Chunks become rows of a batch [2 B, L, ...] for all that happens inside of them.
     q, k, v, w, beta, log_forget, segment_ids = jax.tree.map(
-        lambda x: _to_zigzag(settings, x).reshape(-1, length, *x.shape[2:]),
+        lambda x: to_zigzag(x, axis_name).reshape(-1, length, *x.shape[2:]),
         (q, k, v, w, beta, log_forget, segment_ids),
     )
     options = dict(
@@ -123,7 +123,7 @@ def ring_attention(
     else:
         out, lse = path_attention(q, k, v, w, beta, log_forget, **options)
         q, k, transitions = jax.checkpoint(span_frames)(q, k, w, beta)
-        path = _paths_of_pairs(settings, _gather(settings, transitions.reshape(2, -1, *transitions.shape[1:])))
+        path = _paths_of_pairs(settings, gather_chunks(transitions.reshape(2, -1, *transitions.shape[1:]), axis_name))
     decay = key_decay = between = None
     if log_forget is not None:
         decay, key_decay, between = _gates(settings, heads(gate_scale * log_forget.astype(lse.dtype)))
@@ -132,45 +132,12 @@ def ring_attention(
     own_out, own_lse = heads(out).astype(lse.dtype), heads(lse.swapaxes(1, 2))
     out = _across(settings, _Operands(heads(q), chunks, decay, path, between, own_out, own_lse))
     out = jnp.moveaxis(out.astype(q.dtype), 4, 2)  # [2, B, L, K, G, Hv]
-    return _from_zigzag(settings, out.reshape(*out.shape[:3], -1, out.shape[-1]))
+    return from_zigzag(out.reshape(*out.shape[:3], -1, out.shape[-1]), axis_name)
 
 
 def _to_heads(x: Float[Array, "2B L N *H"], num_kv_heads: int) -> Float[Array, "2 B K G L *H"]:
     x = x.reshape(2, -1, x.shape[1], num_kv_heads, x.shape[2] // num_kv_heads, *x.shape[3:])
     return jnp.moveaxis(x, 2, 4)
-
-
-def _routes(settings):
-    """(from, to) of the shards' first and second chunks on their way to the zig-zag layout."""
-    num = settings.num_shards
-    to = [min(chunk, 2 * num - 1 - chunk) for chunk in range(2 * num)]
-    return tuple([(shard, to[2 * shard + half]) for shard in range(num)] for half in (0, 1))
-
-
-def _swap_if_odd(settings, first, second):
-    """Chunks with even numbers are the earlier ones of even shards and the later ones of odd shards."""
-    is_odd = jax.lax.axis_index(settings.axis_name) % 2 == 1
-    return jnp.where(is_odd, second, first), jnp.where(is_odd, first, second)
-
-
-def _to_zigzag(settings, x):
-    """[B, t, ...] of consecutive tokens -> [2, B, t / 2, ...], chunks r and 2 R - 1 - r."""
-    halves = jnp.split(x, 2, axis=1)
-    arrived = [jax.lax.ppermute(half, settings.axis_name, route) for half, route in zip(halves, _routes(settings))]
-    return jnp.stack(_swap_if_odd(settings, *arrived))
-
-
-def _from_zigzag(settings, x):
-    """Inverse of `_to_zigzag`."""
-    halves = zip(_swap_if_odd(settings, x[0], x[1]), _routes(settings))
-    back = [jax.lax.ppermute(half, settings.axis_name, [(b, a) for a, b in route]) for half, route in halves]
-    return jnp.concatenate(back, axis=1)
-
-
-def _gather(settings, x):
-    """[2, ...] of each shard's chunks -> [2 R, ...] in the order of the sequence."""
-    earlier, later = (jax.lax.all_gather(half, settings.axis_name) for half in x)
-    return jnp.concatenate([earlier, later[::-1]])
 
 
 def _arriving(settings):
@@ -210,7 +177,7 @@ def _gates(settings, gates: Float[Array, "2 B K G L"]):
     num, shard = settings.num_shards, jax.lax.axis_index(settings.axis_name)
     axis = gates.ndim - 1
     behind = jnp.pad(gates[..., 1:], [(0, 0)] * axis + [(0, 1)])
-    totals = _gather(settings, gates.sum(-1))
+    totals = gather_chunks(gates.sum(-1), settings.axis_name)
     index = jnp.arange(2 * num)
 
     def between(chunk):

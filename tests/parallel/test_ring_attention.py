@@ -13,7 +13,8 @@ import pallas_kernels
 from pallas_kernels.householder import span_frames
 from path_jax.parallel import attention, ring_attention
 from path_jax.parallel.mesh import make_mesh
-from path_jax.parallel.ring_attention import _arriving, _from_zigzag, _Settings, _to_zigzag
+from path_jax.parallel.ring_attention import _arriving, _Settings
+from path_jax.parallel.zigzag import from_zigzag, to_zigzag
 
 COLLECTIVE = re.compile(r"= (.*?) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(")
 
@@ -144,10 +145,10 @@ def test_zigzag_has_equal_work_and_comes_back(num_shards):
     mesh = make_mesh({"sequence": num_shards}, devices=jax.devices()[:num_shards])
     x = jnp.arange(2 * num_shards)[None]
     there = jax.shard_map(
-        lambda x: _to_zigzag(settings, x), mesh=mesh, in_specs=P(None, "sequence"), out_specs=P(None, None, "sequence")
+        lambda x: to_zigzag(x, "sequence"), mesh=mesh, in_specs=P(None, "sequence"), out_specs=P(None, None, "sequence")
     )
     back = jax.shard_map(
-        lambda x: _from_zigzag(settings, x),
+        lambda x: from_zigzag(x, "sequence"),
         mesh=mesh,
         in_specs=P(None, None, "sequence"),
         out_specs=P(None, "sequence"),
