@@ -1,7 +1,7 @@
 """PaTH, PaTH-FoX and FoX attention over sequences that are sharded along their length.
 
-Call it inside `jax.shard_map`; `parallel.attention` does. Of R shards each takes two chunks of the sequence in the layout
-of `zigzag.py`, so that all have the same work, and the result goes back. Then
+Call it inside `jax.shard_map`; `parallel.attention` does. Each of R shards takes two chunks of a sequence, as
+`zigzag.py` lays them out, so that all have the same work; the result goes back. Then
 1.  each chunk attends to itself, by the kernels of `pallas_kernels`, and is carried to its borders (`span_frames`);
 2.  transitions P (H x H) and sums of log gates of all chunks are gathered. A query of chunk c meets a key of an
     earlier chunk b as `query_c Pi_cb key_b^T`, `Pi_cb = P_{c-1} ... P_{b+1}`, so chunks may arrive in any order;
