@@ -10,16 +10,19 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.blockwise import pages, reference, xla_operation
+from pallas_kernels.blockwise import pages, pairs, reference, xla_operation
 from pallas_kernels.blockwise.gpu import devices, mosaic, self_test, triton
 from pallas_kernels.blockwise.tpu import decode as tpu_decode
 from pallas_kernels.blockwise.tpu import operation as tpu_operation
+from pallas_kernels.blockwise.tpu import pairs as tpu_pairs
 from pallas_kernels.blockwise.tpu import tuning
 from pallas_kernels.call import AttentionCall, Inputs, Options
 
 _OPERATIONS = {"tpu": tpu_operation, "gpu": mosaic, "triton": triton, "xla": xla_operation}
 # The same for the attention of decode steps to pages.
 _PAGES = {"tpu": tpu_decode, "gpu": mosaic, "triton": triton, "xla": pages}
+# The same for the attention of queries to keys that all come before them.
+_PAIRS = {"tpu": tpu_pairs, "xla": pairs}
 # Platform -> implementations preferred on it, best first; `xla` serves everything else.
 _AUTOMATIC = {"tpu": ("tpu",), "cuda": ("gpu", "triton")}
 
@@ -74,7 +77,7 @@ def _best(reasons, failure):
     """{platform: the best of the implementations that have no reason to refuse and are trusted}."""
     choice = {"default": "xla"}
     for platform, names in _AUTOMATIC.items():
-        accepting = (name for name in names if reasons[name] is None and _distrusts(name, failure) is None)
+        accepting = (n for n in names if n in reasons and reasons[n] is None and _distrusts(n, failure) is None)
         if _is_known(platform) and (name := next(accepting, None)):
             choice[platform] = name
     return choice
@@ -144,3 +147,26 @@ def attend_pages(implementation: str | None, *arguments, **options):
     if len(functions) == 1:
         return functions["default"](*arguments)
     return jax.lax.platform_dependent(*arguments, **functions)
+
+
+def forward_pair(implementation: str | None, options: pairs.PairOptions, pair: pairs.Pair):
+    """`pairs.forward_pair` by the named implementation where it serves pairs, or by the best for the platform."""
+    return _of_pair("forward_pair", implementation, options, pair)
+
+
+def backward_pair(implementation: str | None, options: pairs.PairOptions, pair: pairs.Pair, *others):
+    """`pairs.backward_pair`; see `forward_pair`."""
+    return _of_pair("backward_pair", implementation, options, pair, *others)
+
+
+def _of_pair(function, implementation, options, pair, *others):
+    reasons = {name: module.refuses_pair(options, pair) for name, module in _PAIRS.items()}
+    choice = _best(reasons, self_test.failure)
+    if implementation is not None:
+        choice = {"default": implementation if reasons.get(implementation, "no such") is None else "xla"}
+    functions = {
+        platform: functools.partial(getattr(_PAIRS[name], function), options) for platform, name in choice.items()
+    }
+    if len(functions) == 1:
+        return functions["default"](pair, *others)
+    return jax.lax.platform_dependent(pair, *others, **functions)

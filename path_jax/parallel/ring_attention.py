@@ -25,11 +25,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import forgetting_attention, path_attention
+from pallas_kernels.blockwise.pairs import Pair, PairOptions, result_types, tile_size
+from pallas_kernels.dispatch import backward_pair, forward_pair
 from pallas_kernels.householder import span_frames
+from pallas_kernels.interpreter import active_mode
 from path_jax.parallel.zigzag import from_zigzag, gather_chunks, to_zigzag
-
-_MASKED, _INITIAL_MAX = -2e30, -1e30  # masked logits lie below the first maximum: their exponentials are 0
-_TILES = (512, 256, 128, 64)  # keys at a time, while the logits of all queries of a chunk are there
 
 _einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
@@ -40,9 +40,8 @@ class _Settings:
 
     axis_name: str
     num_shards: int
-    scale: float
-    window: int | None
-    tile_size: int
+    implementation: str | None
+    pair: PairOptions
 
 
 class _Chunks(NamedTuple):
@@ -98,14 +97,13 @@ def ring_attention(
     """
     num_shards = jax.lax.axis_size(axis_name)
     length = q.shape[1] // 2
-    tile_size = length if length <= _TILES[0] else next((size for size in _TILES if length % size == 0), 0)
-    if q.shape[1] % 2 or not tile_size:
+    if q.shape[1] % 2 or not tile_size(length):
         raise ValueError(
             f"{q.shape[1] * num_shards} tokens on {num_shards} sequence shards are {2 * num_shards} chunks of "
-            f"{q.shape[1] / 2:g}; a chunk must have at most {_TILES[0]} tokens or a multiple of {_TILES[-1]}"
+            f"{q.shape[1] / 2:g}; a chunk must have at most 512 tokens or a multiple of 64"
         )
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    settings = _Settings(axis_name, num_shards, scale, window, tile_size)
+    settings = _Settings(axis_name, num_shards, implementation, PairOptions(scale, window, active_mode()))
     # Chunks become rows of a batch [2 B, L, ...] for all that happens inside of them.
     q, k, v, w, beta, log_forget, segment_ids = jax.tree.map(
         lambda x: to_zigzag(x, axis_name).reshape(-1, length, *x.shape[2:]),
@@ -187,33 +185,24 @@ def _gates(settings, gates: Float[Array, "2 B K G L"]):
     return jnp.cumsum(gates, axis), jax.lax.cumsum(behind, axis, reverse=True), pairs
 
 
-class _Pair(NamedTuple):
-    """A chunk of queries before a whole earlier chunk of keys."""
-
-    query_index: Int[Array, ""]  # 0 or 1
-    key_index: Int[Array, ""]
-    distance: Int[Array, ""]  # in chunks
-    query: Float[Array, "B K G L H"]  # in the frame of the key chunk's end
-    chunk: _Chunks  # without its first axis
-    decay: Float[Array, "B K G L"] | None  # gate between the key chunk's end and the query
-    segment_ids: Int[Array, "B L"] | None  # of the queries
-
-
 def _pairs(settings, operands, chunks, hop):
-    """The pairs of a hop; the first has the number 0."""
+    """(index of the queries' chunk, of the keys' chunk, `Pair`) of each pair of a hop; the first has the number 0."""
     num, shard = settings.num_shards, jax.lax.axis_index(settings.axis_name)
     source = (shard - hop) % num
     index = jnp.where(source < shard, 0, 1)
     indices = [(1, 0, 2 * num - 1 - shard - source), (index, index, jnp.abs(shard - source))]
     take = lambda tree, i: jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), tree)
-    for number, (query_index, key_index, distance) in enumerate(indices[: 1 if _is_first(hop) else 2]):
+    for number, (query_index, key_index, num_chunks) in enumerate(indices[: 1 if _is_first(hop) else 2]):
         query, decay, ids = take((operands.query, operands.decay, operands.chunks.segment_ids), query_index)
         if operands.path is not None:
             moved = _einsum("bkgqh,bkhj->bkgqj", query.astype(operands.path.dtype), operands.path[hop, number])
             query = moved.astype(query.dtype)
         if decay is not None:
             decay += operands.between[hop, number, ..., None]
-        yield _Pair(query_index, key_index, distance, query, take(chunks, key_index), decay, ids)
+        chunk = take(chunks, key_index)
+        distance = num_chunks * query.shape[3]
+        pair = Pair(query, chunk.key, chunk.value, decay, chunk.decay, ids, chunk.segment_ids, distance)
+        yield query_index, key_index, pair
 
 
 def _is_first(hop):
@@ -224,34 +213,20 @@ def _is_first(hop):
 def _is_needed(settings, pair):
     """Whether any query of a pair sees any key; None if every one does."""
     needed = None
-    if settings.window is not None:
-        length = pair.query.shape[3]
-        needed = (pair.distance - 1) * length + 1 < settings.window
-    if pair.segment_ids is not None:
-        ids, queries = pair.chunk.segment_ids, pair.segment_ids
+    if settings.pair.window is not None:
+        needed = pair.distance - pair.key.shape[2] + 1 < settings.pair.window
+    if pair.query_ids is not None:
+        ids, queries = pair.key_ids, pair.query_ids
         largest = jnp.iinfo(ids.dtype).max
         overlap = (ids.max(1) >= jnp.where(queries > 0, queries, largest).min(1)) & (ids.max(1) > 0)
         needed = overlap.any() if needed is None else needed & overlap.any()
     return needed
 
 
-def _logits(settings, pair, start, dtype):
-    """Masked logits [B, K, G, L, C] of the keys from `start` on, with those keys and values."""
-    cut = lambda x, axis: jax.lax.dynamic_slice_in_dim(x, start, settings.tile_size, axis)
-    key, value = cut(pair.chunk.key, 2), cut(pair.chunk.value, 2)
-    logits = settings.scale * jnp.einsum("bkgqh,bkch->bkgqc", pair.query, key, preferred_element_type=dtype)
-    if pair.decay is not None:
-        logits += pair.decay[..., None] + cut(pair.chunk.decay, 3)[..., None, :]
-    length = pair.query.shape[3]
-    if settings.window is not None:
-        keys = start + jnp.arange(settings.tile_size)
-        distance = pair.distance * length + jnp.arange(length)[:, None] - keys
-        logits = jnp.where(distance < settings.window, logits, _MASKED)
-    if pair.segment_ids is not None:
-        ids = cut(pair.chunk.segment_ids, 1)[:, None, :]
-        same = (pair.segment_ids[..., None] == ids) & (ids > 0)
-        logits = jnp.where(same[:, None, None], logits, _MASKED)
-    return logits, key, value
+def _where_needed(settings, pair, function, otherwise):
+    """`function()` of a pair, or `otherwise` if none of its queries sees any of its keys."""
+    needed = _is_needed(settings, pair)
+    return function() if needed is None else jax.lax.cond(needed, function, lambda: otherwise)
 
 
 def _around(settings, chunks, carry, visit):
@@ -288,38 +263,23 @@ def _across(settings: _Settings, operands: _Operands) -> Float[Array, "2 B K G L
 
 
 def _forward(settings, operands):
-    dtype = operands.lse.dtype
-    is_empty = jnp.isneginf(operands.lse)
-    state = (jnp.where(is_empty, _INITIAL_MAX, operands.lse), jnp.where(is_empty, 0, jnp.ones((), dtype)), operands.out)
-
-    def add(pair, slices):
-        def step(slices, start):
-            maximum, normaliser, out = slices
-            logits, _, value = _logits(settings, pair, start, dtype)
-            new_maximum = jnp.maximum(maximum, logits.max(-1))
-            weights, decay = jnp.exp(logits - new_maximum[..., None]), jnp.exp(maximum - new_maximum)
-            partial = jnp.einsum("bkgqc,bkcv->bkgqv", weights.astype(value.dtype), value, preferred_element_type=dtype)
-            return (new_maximum, normaliser * decay + weights.sum(-1), out * decay[..., None] + partial), None
-
-        return jax.lax.scan(step, slices, _starts(settings, pair))[0]
-
     def visit(state, chunks, hop):
-        for pair in _pairs(settings, operands, chunks, hop):
-            slices = tuple(x[pair.query_index] for x in state)
-            needed = _is_needed(settings, pair)
-            add_pair = functools.partial(add, pair)
-            slices = add_pair(slices) if needed is None else jax.lax.cond(needed, add_pair, lambda s: s, slices)
-            state = tuple(x.at[pair.query_index].set(new) for x, new in zip(state, slices))
+        for index, _, pair in _pairs(settings, operands, chunks, hop):
+            slices = tuple(x[index] for x in state)
+            add = lambda: _merge(slices, forward_pair(settings.implementation, settings.pair, pair))  # noqa: B023
+            slices = _where_needed(settings, pair, add, slices)
+            state = tuple(x.at[index].set(new) for x, new in zip(state, slices))
         return state, ()
 
-    (maximum, normaliser, out), _ = _around(settings, operands.chunks, state, visit)
-    is_empty = normaliser == 0
-    normaliser = jnp.where(is_empty, 1, normaliser)
-    return out / normaliser[..., None], jnp.where(is_empty, -jnp.inf, maximum + jnp.log(normaliser))
+    return _around(settings, operands.chunks, (operands.out, operands.lse), visit)[0]
 
 
-def _starts(settings, pair):
-    return jnp.arange(0, pair.query.shape[3], settings.tile_size)
+def _merge(*parts):
+    """(out, lse) over the keys of two parts together."""
+    (_, first), (_, second) = parts
+    lse = jnp.logaddexp(first, second)
+    weight = lambda own: jnp.where(jnp.isneginf(own), 0, jnp.exp(own - lse))[..., None]
+    return sum(weight(own) * out for out, own in parts), lse
 
 
 def _across_fwd(settings, operands):
@@ -331,57 +291,31 @@ def _across_bwd(settings, residuals, dout):
     """With `Delta_i = sum(dout_i * out_i)`, p = exp(s - lse) and ds = p * (dout v^T - Delta), as for one device."""
     operands, out, lse = residuals
     dtype = lse.dtype
-    lse = jnp.where(jnp.isneginf(lse), -_INITIAL_MAX, lse)  # +1e30: every weight of an empty row becomes 0
     delta = (dout * out).sum(-1)
-    own_weight = jnp.exp(operands.lse - lse)
+    own_weight = jnp.where(jnp.isneginf(operands.lse), 0, jnp.exp(operands.lse - lse))
     down_lse = own_weight * ((dout * operands.out).sum(-1) - delta)
     rounded = dout.astype(operands.chunks.value.dtype)
     zeros = functools.partial(jax.tree.map, lambda x: jnp.zeros(x.shape, dtype))
-    einsum = functools.partial(jnp.einsum, preferred_element_type=dtype)
-
-    def gradients(pair):
-        """Cotangents of a pair's queries, rows of logits, keys, values and columns of logits."""
-        rows = tuple(jax.lax.dynamic_index_in_dim(x, pair.query_index, keepdims=False) for x in (lse, delta, rounded))
-
-        def step(sums, start):
-            row_lse, row_delta, row_dout = rows
-            dquery, row_sums = sums
-            logits, key, value = _logits(settings, pair, start, dtype)
-            weights = jnp.exp(logits - row_lse[..., None])
-            dvalue = einsum("bkgqc,bkgqv->bkcv", weights.astype(value.dtype), row_dout)
-            dlogits = weights * (einsum("bkgqv,bkcv->bkgqc", row_dout, value) - row_delta[..., None])
-            scaled = (settings.scale * dlogits).astype(key.dtype)
-            dquery += einsum("bkgqc,bkch->bkgqh", scaled, key)
-            dkey = einsum("bkgqc,bkgqh->bkch", scaled, pair.query)
-            return (dquery, row_sums + dlogits.sum(-1)), (dkey, dvalue, dlogits.sum(-2))
-
-        sums = zeros((pair.query, rows[0]))
-        (dquery, row_sums), (dkey, dvalue, column_sums) = jax.lax.scan(step, sums, _starts(settings, pair))
-        join = lambda x, axis: jnp.moveaxis(x, 0, axis).reshape(*x.shape[1 : axis + 1], -1, *x.shape[axis + 2 :])
-        return dquery, row_sums, join(dkey, 2), join(dvalue, 2), join(column_sums, 3)
 
     def visit(carry, chunks, hop):
         dquery, ddecay, dpath, dbetween = carry
         new = zeros(chunks._replace(segment_ids=None))
-        for number, pair in enumerate(_pairs(settings, operands, chunks, hop)):
-            needed = _is_needed(settings, pair)
-            if needed is None:
-                found = gradients(pair)
-            else:
-                nothing = zeros(jax.eval_shape(gradients, pair))
-                found = jax.lax.cond(needed, gradients, lambda _, nothing=nothing: nothing, pair)
-            dmoved, row_sums, dkey, dvalue, column_sums = found
+        for number, (query_index, key_index, pair) in enumerate(_pairs(settings, operands, chunks, hop)):
+            rows = tuple(jax.lax.dynamic_index_in_dim(x, query_index, keepdims=False) for x in (lse, delta, rounded))
+            gradients = lambda: backward_pair(settings.implementation, settings.pair, pair, *rows)  # noqa: B023
+            found = _where_needed(settings, pair, gradients, zeros(result_types(pair, has_gradients=True)))
             at = lambda x, i, d: None if x is None else x.at[i].add(d)
             new = _Chunks(
-                at(new.key, pair.key_index, dkey), at(new.value, pair.key_index, dvalue),
-                at(new.decay, pair.key_index, column_sums), None,
+                at(new.key, key_index, found.key), at(new.value, key_index, found.value),
+                at(new.decay, key_index, found.key_gate), None,
             )  # fmt: skip
+            dmoved, row_sums = found.query, found.query_gate
             if dpath is not None:
-                query, path = operands.query[pair.query_index].astype(dtype), operands.path[hop, number]
+                query, path = operands.query[query_index].astype(dtype), operands.path[hop, number]
                 dpath = dpath.at[hop, number].set(_einsum("bkgqh,bkgqj->bkhj", query, dmoved))
                 dmoved = _einsum("bkgqj,bkhj->bkgqh", dmoved, path)
-            dquery = dquery.at[pair.query_index].add(dmoved)
-            ddecay = at(ddecay, pair.query_index, row_sums)
+            dquery = dquery.at[query_index].add(dmoved)
+            ddecay = at(ddecay, query_index, row_sums)
             dbetween = None if dbetween is None else dbetween.at[hop, number].set(row_sums.sum(-1))
         return (dquery, ddecay, dpath, dbetween), new
 

@@ -10,8 +10,9 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import pallas_kernels
+from pallas_kernels.blockwise import pairs
 from pallas_kernels.householder import span_frames
-from path_jax.parallel import attention, ring_attention
+from path_jax.parallel import attention
 from path_jax.parallel.mesh import make_mesh
 from path_jax.parallel.ring_attention import _arriving, _Settings
 from path_jax.parallel.zigzag import from_zigzag, to_zigzag
@@ -89,7 +90,7 @@ def test_output_and_gradients_are_those_of_one_device(kind, shape, length, has_d
 
 def test_chunks_longer_than_a_tile(monkeypatch):
     """Three tiles of keys in each chunk."""
-    monkeypatch.setattr(ring_attention, "_TILES", (32, 16))
+    monkeypatch.setattr(pairs, "_TILES", (32, 16))
     inputs = (arrays("path_fox", 192), documents(192))
     assert_as_unsharded("path_fox", make_mesh({"sequence": 2}, devices=jax.devices()[:2]), inputs, {})
 
@@ -141,7 +142,7 @@ def test_documents_in_other_shards_change_nothing():
 @pytest.mark.parametrize("num_shards", [2, 3, 8])
 def test_zigzag_has_equal_work_and_comes_back(num_shards):
     """Every shard has an early and a late chunk; over all hops each pair of chunks is computed once."""
-    settings = _Settings("sequence", num_shards, 1.0, None, 1)
+    settings = _Settings("sequence", num_shards, None, pairs.PairOptions(1.0))
     mesh = make_mesh({"sequence": num_shards}, devices=jax.devices()[:num_shards])
     x = jnp.arange(2 * num_shards)[None]
     there = jax.shard_map(
@@ -163,16 +164,16 @@ def test_zigzag_has_equal_work_and_comes_back(num_shards):
         out_specs=P(None, "sequence"),
     )
     source, is_before = np.asarray(arriving(jnp.arange(num_shards)))
-    pairs, work = [], []
+    found, work = [], []
     for shard in range(num_shards):
         own = [(chunks[1, shard], chunks[0, m]) for m in source[shard]]
         later = [0 if early else 1 for early in is_before[shard, 1:]]
         own += [(chunks[i, shard], chunks[i, m]) for i, m in zip(later, source[shard, 1:])]
-        pairs += own
+        found += own
         work.append(len(own))
     assert max(work) == min(work) == 2 * num_shards - 1
     expected = [(c, b) for c in range(2 * num_shards) for b in range(c)]
-    assert sorted(pairs) == sorted(expected)
+    assert sorted(found) == sorted(expected)
 
 
 @pytest.mark.parametrize("length", [40, 200])

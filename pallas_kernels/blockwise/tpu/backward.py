@@ -33,7 +33,7 @@ def _kernel(*refs, tiling, groups, has_gate, has_segments, has_bounds, dq_scale,
     (totals,) = take(1) if has_gate else (None,)
     q, k, v, dout, lse, delta = take(6)
     (tail,) = take(1) if has_gate else (None,)
-    (inside,) = take(1) if has_gate and not tiling.tree else (None,)
+    (inside,) = take(1) if has_gate and tiling.has_diagonal else (None,)
     key_ids, query_ids = take(2) if has_segments else (None, None)
     (dq,) = take(1)
     (dk,) = (dq,) if tiling.tree else take(1)
@@ -46,7 +46,7 @@ def _kernel(*refs, tiling, groups, has_gate, has_segments, has_bounds, dq_scale,
     kv, n, g = (pl.program_id(axis) for axis in range(3))
     query, block, slot, flags = schedule.read(steps, n)
     S = tiling.superchunk
-    position = query + tiling.num_keys - tiling.num_queries
+    position = query + tiling.offset
     head = kv * groups + g
 
     def has(flag):
@@ -170,7 +170,7 @@ def _kernel(*refs, tiling, groups, has_gate, has_segments, has_bounds, dq_scale,
             tile(slice(0, S), keys, (position - 2 * block) * S - start, masked, bias, shift, start == 0)
 
     choose = functools.partial(when_masks_matter, tiling=tiling, flags=flags, query=query, block=block, uniform=uniform)
-    if not tiling.tree:
+    if tiling.has_diagonal:
         for half in (0, 1):
             pl.when(has(schedule.DIAGONAL) & (position & 1 == half))(functools.partial(diagonal, half))
     choose(has(schedule.LEFT) & needed, left)
@@ -259,15 +259,16 @@ def attention_backward(
       dq_scale, dk_scale: factors of `sum_j ds k_j` and `sum_i ds q_i`, ds being the natural-unit cotangent of a logit.
 
     Returns:
-      (dq, dk, dv, row sums, column sums): dq shaped like q and dk like k, in q's dtype; with a tree both are one array,
+      (dq, dk, dv, row sums, column sums): dq shaped like q and dk like k, in q's dtype; with `tiling.apart` all are
+      float32, for these are parts of sums; with a tree dq and dk are one array,
       of which only the parts that the schedule uses are written, and dv is float32; otherwise dv has v's dtype. The
       gate's sums of ds are float32, over keys [BK, G, Tq] and over queries [BK, G, T], None without a gate.
     """
     S = tiling.superchunk
     slots, num_kv, groups, _, head_dim = q.shape
     length, value_dim = v.shape[1:]
-    offset = tiling.num_keys - tiling.num_queries
-    steps = schedule.backward_steps(tiling.num_queries, tiling.num_keys, S, tiling.tree, tiling.window)
+    steps = schedule.backward_steps(tiling.num_queries, tiling.num_keys, S, tiling.tree, tiling.window, tiling.apart)
+    dtype = jnp.float32 if tiling.apart else q.dtype
     has_gate, has_segments = gate is not None, segments is not None
     prefetch = [jnp.asarray(steps.ravel())]
     prefetch += [] if first_block is None else [first_block]
@@ -291,26 +292,26 @@ def attention_backward(
     in_hbm = pl.BlockSpec(memory_space=pl.ANY)
     out_specs = [in_hbm] * (2 if tiling.tree else 3) + [spec((1, 2 * S, value_dim), lambda kv, g, a, b, u: (kv, b, 0))]
     result = functools.partial(lanes.result, like=q)
-    out_shape = [result(q.shape, q.dtype)]
+    out_shape = [result(q.shape, dtype)]
     if not tiling.tree:
-        out_shape.append(result(k.shape, k.dtype))
-    out_shape += [result(q.shape[1:], jnp.float32), result(v.shape, jnp.float32 if tiling.tree else v.dtype)]
+        out_shape.append(result(k.shape, dtype))
+    out_shape += [result(q.shape[1:], jnp.float32), result(v.shape, jnp.float32 if tiling.tree else dtype)]
     scratch = [
         pltpu.VMEM((2 * S, head_dim), jnp.float32),
         pltpu.VMEM((2 * S, value_dim), jnp.float32),
         pltpu.VMEM((S, head_dim), jnp.float32),
         pltpu.VMEM((S, head_dim), jnp.float32),
-        pltpu.VMEM((S, head_dim), q.dtype),
-        pltpu.VMEM((2 * S, head_dim), q.dtype),
+        pltpu.VMEM((S, head_dim), dtype),
+        pltpu.VMEM((2 * S, head_dim), dtype),
         pltpu.SMEM((2,), jnp.int32),
         pltpu.SemaphoreType.DMA((3,)),
     ]
     if has_gate:
         operands.append(gate.tail)
         in_specs.append(spec((1, groups, 2 * S), lambda kv, g, a, b, u: (kv, 0, b)))
-        if not tiling.tree:
+        if tiling.has_diagonal:
             operands.append(gate.inside)
-            in_specs.append(spec((1, groups, S), lambda kv, g, a, b, u: (kv, 0, a + offset)))
+            in_specs.append(spec((1, groups, S), lambda kv, g, a, b, u: (kv, 0, a + tiling.offset)))
         out_specs += [
             spec((1, groups, tiling.num_queries, S), lambda kv, g, a, b, u: (kv, 0, 0, 0)),
             spec((1, groups, 2 * S), lambda kv, g, a, b, u: (kv, 0, b)),
@@ -327,7 +328,7 @@ def attention_backward(
         operands += [segments.ids, segments.ids]
         in_specs += [
             spec((1, 1, 2 * S), lambda kv, g, a, b, u: (jax.lax.div(kv, kv_per_batch), 0, b)),
-            spec((1, 1, S), lambda kv, g, a, b, u: (jax.lax.div(kv, kv_per_batch), 0, a + offset)),
+            spec((1, 1, S), lambda kv, g, a, b, u: (jax.lax.div(kv, kv_per_batch), 0, a + tiling.offset)),
         ]
         scratch.append(pltpu.VMEM((2 * S, lanes.LANES), jnp.int32))
     results = pl.pallas_call(

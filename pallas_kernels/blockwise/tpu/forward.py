@@ -30,7 +30,7 @@ def _kernel(*refs, tiling, has_gate, has_segments, has_bounds):
     (totals,) = take(1) if has_gate else (None,)
     q, k, v = take(3)
     (tail,) = take(1) if has_gate else (None,)
-    (inside,) = take(1) if has_gate and not tiling.tree else (None,)
+    (inside,) = take(1) if has_gate and tiling.has_diagonal else (None,)
     key_ids, query_ids = take(2) if has_segments else (None, None)
     partial_out, partial_lse = take(2) if tiling.tree else (None, None)
     out, lse, maximum, normaliser, acc = take(5)
@@ -40,8 +40,7 @@ def _kernel(*refs, tiling, has_gate, has_segments, has_bounds):
     head, n = pl.program_id(0), pl.program_id(1)
     query, block, _, flags = schedule.read(steps, n)
     S, width = tiling.superchunk, acc.shape[1]
-    offset = tiling.num_keys - tiling.num_queries
-    position = query + offset
+    position = query + tiling.offset
 
     def has(flag):
         return flags & flag != 0
@@ -57,6 +56,10 @@ def _kernel(*refs, tiling, has_gate, has_segments, has_bounds):
             maximum[...] = lanes.to_columns(partial_lse[0, 0])
             normaliser[...] = jnp.where(maximum[...] > EMPTY, 1.0 / lanes.LANES, 0.0)
             acc[...] = partial_out[0, 0]
+        if tiling.apart:
+            maximum[...] = jnp.full_like(maximum, EMPTY)
+            normaliser[...] = jnp.zeros_like(normaliser)
+            acc[...] = jnp.zeros_like(acc)
 
     def visible(rows, keys, distance, masked):
         """Mask of a tile given slices of the superchunk's rows and of the key block; distance of the first pair."""
@@ -120,7 +123,7 @@ def _kernel(*refs, tiling, has_gate, has_segments, has_bounds):
 
     choose = functools.partial(when_masks_matter, tiling=tiling, flags=flags, query=query, block=block, uniform=uniform)
     needed = True if not has_bounds else n <= last_step[head, query]
-    if not tiling.tree:
+    if tiling.has_diagonal:
         for half in (0, 1):
             is_half = has(schedule.DIAGONAL) & (position & 1 == half)
             choose(is_half, functools.partial(diagonal, half))
@@ -160,14 +163,13 @@ def attention_forward(q, k, v, tiling: Tiling, *, gate=None, segments=None, last
       partial: with a tree (out [BK, G, Tq, Hv] float32, lse [BK, G, 1, Tq]) over the queries' own superchunk.
 
     Returns:
-      out [BK, G, Tq, Hv] in v's dtype and lse [BK, G, 1, Tq] float32, base 2 and without the row's own gate c_i; rows
-      that see no key have out 0 and lse -1e30.
+      out [BK, G, Tq, Hv] in v's dtype, or float32 with `tiling.apart` for it is a part of a sum, and lse
+      [BK, G, 1, Tq] float32, base 2 and without the row's own gate c_i; rows that see no key have out 0 and lse -1e30.
     """
     S = tiling.superchunk
     _, num_kv, groups, _, head_dim = q.shape
     value_dim = v.shape[-1]
-    steps = schedule.forward_steps(tiling.num_queries, tiling.num_keys, S, tiling.tree, tiling.window)
-    offset = tiling.num_keys - tiling.num_queries
+    steps = schedule.forward_steps(tiling.num_queries, tiling.num_keys, S, tiling.tree, tiling.window, tiling.apart)
     prefetch = [jnp.asarray(steps.ravel())]
     if last_step is not None:
         prefetch.append(last_step)
@@ -197,14 +199,14 @@ def attention_forward(q, k, v, tiling: Tiling, *, gate=None, segments=None, last
     if gate is not None:
         operands.append(gate.tail.reshape(num_kv * groups, 1, -1))
         in_specs.append(spec((1, 1, 2 * S), lambda h, kv, g, a, b, u: (h, 0, b)))
-        if not tiling.tree:
+        if tiling.has_diagonal:
             operands.append(gate.inside.reshape(num_kv * groups, 1, -1))
-            in_specs.append(spec((1, 1, S), lambda h, kv, g, a, b, u: (h, 0, a + offset)))
+            in_specs.append(spec((1, 1, S), lambda h, kv, g, a, b, u: (h, 0, a + tiling.offset)))
     if segments is not None:
         operands += [segments.ids, segments.ids]
         in_specs += [
             spec((1, 1, 2 * S), lambda h, kv, g, a, b, u: (jax.lax.div(h, heads_per_batch), 0, b)),
-            spec((1, 1, S), lambda h, kv, g, a, b, u: (jax.lax.div(h, heads_per_batch), 0, a + offset)),
+            spec((1, 1, S), lambda h, kv, g, a, b, u: (jax.lax.div(h, heads_per_batch), 0, a + tiling.offset)),
         ]
     row = spec((1, 1, 1, S), lambda h, kv, g, a, b, u: (kv, g, 0, a))
     if partial is not None:
@@ -236,7 +238,7 @@ def attention_forward(q, k, v, tiling: Tiling, *, gate=None, segments=None, last
             scratch_shapes=scratch,
         ),
         out_shape=[
-            lanes.result((num_kv, groups, length, value_dim), v.dtype, q),
+            lanes.result((num_kv, groups, length, value_dim), jnp.float32 if tiling.apart else v.dtype, q),
             lanes.result((num_kv, groups, 1, length), jnp.float32, q),
         ],
         name="attention_forward",

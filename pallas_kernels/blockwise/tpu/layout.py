@@ -122,7 +122,12 @@ def gate_gradient(row_sums, column_sums, log_forget, size: Geometry):
 
 def segments(segment_ids, size: Geometry) -> Segments:
     """Padded segment ids, and which superchunks lie in one segment."""
-    ids = pad(segment_ids.astype(jnp.int32), 1, 0, size.key_length)
-    chunks = ids.reshape(size.batch, -1, size.superchunk)
+    return whole_segments(pad(segment_ids, 1, 0, size.key_length), size.superchunk)
+
+
+def whole_segments(ids, superchunk: int) -> Segments:
+    """`segments` of ids [B, T] of whole superchunks."""
+    ids = ids.astype(jnp.int32)
+    chunks = ids.reshape(ids.shape[0], -1, superchunk)
     smallest, largest = chunks.min(-1), chunks.max(-1)
     return Segments(ids[:, None], jnp.where(smallest == largest, largest, 0))

@@ -29,8 +29,11 @@ def slot(query: int, key: int) -> int:
     return (query ^ key).bit_length() - 1
 
 
-def _tiles(num_queries, num_keys, superchunk, tree, window):
+def _tiles(num_queries, num_keys, superchunk, tree, window, apart):
     """(query superchunk, key block, slot, kinds), queries ascending and for each of them keys descending."""
+    if apart:
+        yield from ((a, block, 0, WHOLE) for a in range(num_queries) for block in reversed(range(num_keys // 2)))
+        return
     for a in range(num_queries):
         position = a + num_keys - num_queries
         near = 0 if tree else DIAGONAL
@@ -62,7 +65,9 @@ def _table(tiles):
 
 
 @functools.lru_cache
-def forward_steps(num_queries: int, num_keys: int, superchunk: int, tree: bool, window: int | None):
+def forward_steps(
+    num_queries: int, num_keys: int, superchunk: int, tree: bool, window: int | None, apart: bool = False
+):
     """Steps of one head, query superchunk by query superchunk.
 
     Args:
@@ -70,22 +75,26 @@ def forward_steps(num_queries: int, num_keys: int, superchunk: int, tree: bool, 
       superchunk: tokens per superchunk.
       tree: with a frame tree; the diagonal is then computed elsewhere and a step may have no tile.
       window: query i sees keys i - window + 1 ... i; None: all.
+      apart: the queries come after the keys, of which there is an even number of superchunks, and see all of them;
+        without tree and window.
 
     Returns:
       int32 [steps, 4]: query superchunk, key block, slot and flags of each step.
     """
-    tiles = list(_tiles(num_queries, num_keys, superchunk, tree, window))
+    tiles = list(_tiles(num_queries, num_keys, superchunk, tree, window, apart))
     return _table(_mark(tiles, lambda tile: tile[0], FIRST, LAST))
 
 
 @functools.lru_cache
-def backward_steps(num_queries: int, num_keys: int, superchunk: int, tree: bool, window: int | None):
+def backward_steps(
+    num_queries: int, num_keys: int, superchunk: int, tree: bool, window: int | None, apart: bool = False
+):
     """Steps of one head, key block by key block (descending), for each of them by slot and queries (ascending).
 
     A key block that no query sees has one step without a tile, which writes its zeros. Arguments and result as for
     `forward_steps`.
     """
-    seen = [t for t in _tiles(num_queries, num_keys, superchunk, tree, window) if t[3] & TILE]
+    seen = [t for t in _tiles(num_queries, num_keys, superchunk, tree, window, apart) if t[3] & TILE]
     blocks = {block for _, block, _, _ in seen}
     unseen = [(0, block, 0, 0) for block in range((num_keys + 1) // 2) if block not in blocks]
     tiles = sorted(seen + unseen, key=lambda tile: (-tile[1], tile[2], tile[0]))

@@ -23,12 +23,23 @@ class Tiling:
     window: int | None = None
     vmem_limit: int = 64  # MiB
     interpret: object = False  # as in `pallas_call`
+    apart: bool = False  # the queries come after all keys, instead of being their last superchunks; see `schedule`
+
+    @property
+    def offset(self):
+        """Position of the first superchunk of queries, counted from the first one of keys."""
+        return self.num_keys if self.apart else self.num_keys - self.num_queries
+
+    @property
+    def has_diagonal(self):
+        """Whether queries meet keys of their own superchunk here."""
+        return not self.tree and not self.apart
 
 
 class Gate(NamedTuple):
     """Sums of the log gate over parts of a superchunk, in the logits' units before `Tiling.logit_scale`."""
 
-    inside: Float[Array, "BK G T"]  # from the superchunk's start up to and including the token
+    inside: Float[Array, "BK G T"] | None  # from the superchunk's start up to and including the token
     tail: Float[Array, "BK G T"]  # from after the token to the superchunk's end
     totals: Float[Array, "BN num_keys"]  # whole superchunks
 
@@ -55,7 +66,7 @@ def when_masks_matter(condition, body, *, tiling, flags, query, block, uniform):
     masked = flags & schedule.EDGE != 0
     if uniform is not None:
         batch = pl.program_id(0) // (pl.num_programs(0) // uniform.shape[0])
-        own = uniform[batch, query + tiling.num_keys - tiling.num_queries]
+        own = uniform[batch, query + tiling.offset]
         same = (uniform[batch, 2 * block] == own) & (uniform[batch, 2 * block + 1] == own)
         masked = masked | (own <= 0) | jnp.logical_not(same)
     pl.when(condition & masked)(lambda: body(True))

@@ -54,12 +54,14 @@ def chip() -> Chip:
     return _CHIPS.get(_KINDS.get(name, name), _CHIPS[_DEFAULT])
 
 
-def superchunk(inputs: Inputs) -> int:
-    """Tokens per superchunk: as many as VMEM has room for and padding the sequence by at most 15 % allows.
+def largest_superchunk(dtype) -> int:
+    """Most tokens per superchunk. float32 products take six passes over the MXU, and twice the VMEM: 256."""
+    return chip().superchunk if dtype.itemsize == 2 else 256
 
-    float32 products take six passes over the MXU, and twice the VMEM: at most 256 tokens.
-    """
-    largest = chip().superchunk if inputs.q.dtype.itemsize == 2 else 256
+
+def superchunk(inputs: Inputs) -> int:
+    """Tokens per superchunk: as many as VMEM has room for and padding the sequence by at most 15 % allows."""
+    largest = largest_superchunk(inputs.q.dtype)
     length = inputs.k.shape[1]
     smallest = -(-length // 128) * 128
     sizes = [size for size in (1024, 512, 256, 128) if size <= largest and _has_room(inputs, size)] or [128]
