@@ -75,11 +75,17 @@ def test_tree_tiles_meet_at_their_common_ancestor(size, steps_of):
         assert a >> (slot + 1) == b >> (slot + 1) and a >> slot != b >> slot
 
 
-@pytest.mark.parametrize("tree", [False, True])
-def test_accumulators_open_and_close_once(tree):
-    forward = forward_steps(6, 6, SIZE, tree, None)
+@pytest.mark.parametrize("steps_of", [forward_steps, backward_steps])
+def test_queries_after_all_keys_meet_each_of_them(steps_of):
+    found = tiles(steps_of(3, 4, SIZE, False, None, apart=True), 4)
+    assert sorted((a, b) for a, b, _ in found) == [(a, b) for a in (4, 5, 6) for b in range(4)]
+
+
+@pytest.mark.parametrize("tree, apart", [(False, False), (True, False), (False, True)])
+def test_accumulators_open_and_close_once(tree, apart):
+    forward = forward_steps(6, 6, SIZE, tree, None, apart)
     check_group(forward, (QUERY,), FIRST, LAST, contiguous=True)
-    backward = backward_steps(6, 6, SIZE, tree, None)
+    backward = backward_steps(6, 6, SIZE, tree, None, apart)
     computing = backward[backward[:, FLAGS] & (DIAGONAL | LEFT | WHOLE) != 0]
     check_group(computing, (QUERY, SLOT), FIRST, LAST, contiguous=False)
     check_group(backward, (BLOCK, SLOT), FIRST_OF_KEYS, LAST_OF_KEYS, contiguous=True)

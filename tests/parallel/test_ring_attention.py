@@ -96,6 +96,16 @@ def test_chunks_longer_than_a_tile(monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kind", ["path_fox", "fox"])
+def test_tpu_kernels_within_and_between_chunks(kind):
+    inputs = (arrays(kind, 1024, num_heads=2, num_kv_heads=1), documents(1024))
+    with pallas_kernels.interpret():
+        mesh = make_mesh({"sequence": 2}, devices=jax.devices()[:2])
+        program = assert_as_unsharded(kind, mesh, inputs, {"implementation": "tpu"})
+    assert_little_is_gathered(program, limit=4 * 16 * 16)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("has_documents", [False, True])
 @pytest.mark.parametrize("kind", ["path", "path_fox", "fox"])
 def test_long_sequence_on_eight_devices(kind, has_documents):
