@@ -23,6 +23,8 @@ _OPERATIONS = {"tpu": tpu_operation, "gpu": mosaic, "triton": triton, "xla": xla
 _PAGES = {"tpu": tpu_decode, "gpu": mosaic, "triton": triton, "xla": pages}
 # The same for the attention of queries to keys that all come before them.
 _PAIRS = {"tpu": tpu_pairs, "xla": pairs}
+# In traced programs the name of a pair's choice between them; their matrix products are the same.
+PAIR_SCOPE = "attention_to_earlier_keys"
 # Platform -> implementations preferred on it, best first; `xla` serves everything else.
 _AUTOMATIC = {"tpu": ("tpu",), "cuda": ("gpu", "triton")}
 
@@ -169,4 +171,5 @@ def _of_pair(function, implementation, options, pair, *others):
     }
     if len(functions) == 1:
         return functions["default"](pair, *others)
-    return jax.lax.platform_dependent(pair, *others, **functions)
+    with jax.named_scope(PAIR_SCOPE):
+        return jax.lax.platform_dependent(pair, *others, **functions)

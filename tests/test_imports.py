@@ -37,6 +37,7 @@ ALLOWED = {
     "path_jax.interpretability.saturation_report": ["path_jax.interpretability", "path_jax.report"],
     "path_jax.interpretability.recall_report": ["path_jax.interpretability", "path_jax.report"],
     "path_jax.planning": [f"path_jax.{p}" for p in ("models", "data", "parallel", "checkpoints", "training")],
+    "path_jax.planning.flops": ["path_jax.models", "pallas_kernels.dispatch"],
     "path_jax.plan": ["path_jax"],
     "path_jax.command_flags": [],
     "path_jax.nnx": [],

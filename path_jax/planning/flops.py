@@ -2,17 +2,18 @@
 
 import math
 
+from pallas_kernels.dispatch import PAIR_SCOPE
 from path_jax.models import ModelConfig
 
 _KERNELS = ("pallas_call", "mosaic_gpu_kernel_call", "triton_call")
 
 
 def attention_flops(config: ModelConfig, batch_size: int, length: int, num_shards: int = 1) -> float:
-    """FLOPs of the attention kernels of one step: comparing queries with keys and summing values, causally.
+    """FLOPs of causal attention in one step: comparing queries with keys and summing values.
 
     Twelve per head dimension, head and visible key, forward and backward; sixteen where a layer is recomputed. Over
-    `num_shards` of a ring, kernels see two chunks of a shard, each by itself; what passes between chunks is products of
-    the program.
+    `num_shards` of a ring, of the two chunks of each shard by themselves: what passes between chunks, `product_flops`
+    counts.
     """
     chunk = length / (2 * num_shards) if num_shards > 1 else length
     per_token = config.train_flops_per_token(0, chunk) - config.train_flops_per_token(0, -1)
@@ -23,7 +24,7 @@ def product_flops(jaxpr, num_devices: int) -> float:
     """FLOPs of the matrix products and convolutions of a traced program, on all devices together.
 
     Loops multiply, the most expensive branch of a conditional counts. Kernels do not, nor does what is chosen by the
-    platform, which is attention: see `attention_flops`.
+    platform, which is attention: see `attention_flops`. But of that between chunks all choices have the same products.
 
     Args:
       jaxpr: of the step; num_devices: that run what is inside of a `shard_map`.
@@ -36,8 +37,9 @@ def product_flops(jaxpr, num_devices: int) -> float:
         elif name == "conv_general_dilated":
             kernel, dimensions = equation.invars[1].aval.shape, params["dimension_numbers"]
             total += 2 * equation.outvars[0].aval.size * math.prod(kernel) / kernel[dimensions.rhs_spec[0]]
-        elif params.get("branches_platforms") is not None:
-            continue
+        elif (platforms := params.get("branches_platforms")) is not None:
+            if PAIR_SCOPE in str(equation.source_info.name_stack):
+                total += product_flops(params["branches"][platforms.index(None)].jaxpr, num_devices)
         elif name == "cond":
             total += max(product_flops(branch.jaxpr, num_devices) for branch in params["branches"])
         elif name not in _KERNELS:

@@ -11,6 +11,8 @@ import pytest
 
 from configs import lm_baselines, lm_path, rope_to_path
 from path_jax.models.decoder_lm import count_parameters
+from path_jax.parallel import attention
+from path_jax.parallel.mesh import make_mesh
 from path_jax.plan import plan, tables
 from path_jax.planning.collectives import find_collectives
 from path_jax.planning.compilation import compile_step, describe
@@ -86,6 +88,21 @@ def test_flops_are_six_per_parameter_and_token_and_those_of_attention(sharded):
     assert counted == pytest.approx(6 * matrices * tokens + attention, rel=0.2)
     model = config.train_flops_per_token(count_parameters(config), LENGTH) * tokens
     assert model == pytest.approx(6 * matrices * tokens + attention, rel=0.01)
+
+
+@pytest.mark.parametrize("length", [512, 1024])  # chunks of 128, which XLA serves alone, and of 256
+def test_flops_of_attention_between_the_chunks_of_a_ring(length):
+    heads, dim, num_shards = 3, 8, 2
+    q, k = (jax.ShapeDtypeStruct((1, length, n, dim), "float32") for n in (heads, 1))
+
+    def step(q, k, v):
+        return jax.grad(lambda *x: attention.forgetting_attention(*x).sum(), argnums=(0, 1, 2))(q, k, v)
+
+    with jax.set_mesh(make_mesh({"sequence": num_shards}, devices=jax.devices()[:num_shards])):
+        jaxpr = jax.make_jaxpr(step)(q, k, k)
+    pairs, chunk = num_shards * (2 * num_shards - 1), length // (2 * num_shards)
+    # Two products forward and five backward.
+    assert product_flops(jaxpr.jaxpr, num_shards) == pairs * 2 * 7 * heads * dim * chunk**2
 
 
 def test_memory_of_the_state_follows_from_shapes_and_shardings(sharded):
