@@ -203,3 +203,26 @@ def decode(
         inputs["log_forget"] = _float32(B, tokens, N)
     step = functools.partial(extend, implementation=implementation, **options or {})
     return Case(lambda cache, inputs: step(cache, **inputs), (cache, inputs))
+
+
+def pair(
+    L: int, M: int, H: int = 128, N: int = 8, K: int = 8, dtype: str = "bfloat16", gates: bool = True,
+    segments: bool = True,
+) -> Case:  # fmt: skip
+    """L queries attend to M keys that all come before them, forward and backward, as between chunks of a ring."""
+    from pallas_kernels.blockwise.pairs import Pair, PairOptions
+    from pallas_kernels.dispatch import backward_pair, forward_pair
+
+    array = lambda *shape: jax.ShapeDtypeStruct((1, *shape), dtype)
+    heads, options = (K, N // K), PairOptions(H**-0.5)
+    gate = lambda length: _float32(1, *heads, length) if gates else None
+    ids = lambda length: jax.ShapeDtypeStruct((1, length), "int32") if segments else None
+    distance = jax.ShapeDtypeStruct((), "int32")
+    query = array(*heads, L, H)
+    pair = Pair(query, array(K, M, H), array(K, M, H), gate(L), gate(M), ids(L), ids(M), distance)
+
+    def both(pair, dout):
+        out, lse = forward_pair("tpu", options, pair)
+        return out, lse, backward_pair("tpu", options, pair, lse, (out * dout).sum(-1), dout)
+
+    return Case(both, (pair, query), flops=2 * 7 * N * L * M * H)

@@ -71,6 +71,20 @@ def test_decode_compiles(variant, chip):
     assert compiled["hlo"].count("tpu_custom_call") >= 1
 
 
+PAIRS = {
+    "gates, documents": {},
+    "grouped": {"N": 8, "K": 2, "segments": False},
+    "float32, H 64": {"dtype": "float32", "H": 64, "gates": False},
+}
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize("variant", PAIRS)
+def test_attention_to_earlier_keys_compiles(variant, chip):
+    compiled = compile_case("benchmarks.cases:pair", chip, {"L": 1024, "M": 2048} | PAIRS[variant], None)
+    assert compiled["hlo"].count("tpu_custom_call") == 2
+
+
 COUNTED = [
     Cell(chip, 4096, 128, 8, op, direction)
     for chip in ("v5e", "v5p", "v6e")
