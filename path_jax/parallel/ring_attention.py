@@ -6,8 +6,8 @@ Call it inside `jax.shard_map`; `parallel.attention` does. Each of R shards take
 2.  transitions P (H x H) and sums of log gates of all chunks are gathered. A query of chunk c meets a key of an
     earlier chunk b as `query_c Pi_cb key_b^T`, `Pi_cb = P_{c-1} ... P_{b+1}`, so chunks may arrive in any order;
 3.  keys, values and what goes with them move around the ring. At each of R - 1 hops a shard multiplies two pairs of
-    chunks: its later chunk with the arriving earlier one, and the earlier two or the later two, whichever are in order.
-    Partial results are merged by their log-sum-exp.
+    chunks: its later chunk with the arriving earlier one, and the earlier two or the later two, whichever are in order
+    (`pallas_kernels.blockwise.pairs`, on TPUs by kernels). Partial results are merged by their log-sum-exp.
 
 The backward pass goes around once more, with the gradients of keys and values travelling behind their chunks, and keeps
 nothing of the size of the whole sequence. Besides keys and values in collective-permutes, a device receives R K H^2
@@ -86,7 +86,9 @@ def ring_attention(
     Args:
       q, k, v, w, beta, log_forget, segment_ids: this shard's T / R consecutive tokens.
       axis_name: mesh axis of R >= 2 devices that the length is sharded over.
-      scale, gate_scale, prune, implementation: see `pallas_kernels.path_attention`; the last two matter inside chunks.
+      scale, gate_scale: see `pallas_kernels.path_attention`.
+      prune: matters inside chunks only.
+      implementation: between chunks XLA stands in for one that has no kernels for that.
       window: see `pallas_kernels.forgetting_attention`.
 
     Raises:
@@ -266,7 +268,7 @@ def _forward(settings, operands):
     def visit(state, chunks, hop):
         for index, _, pair in _pairs(settings, operands, chunks, hop):
             slices = tuple(x[index] for x in state)
-            add = lambda: _merge(slices, forward_pair(settings.implementation, settings.pair, pair))  # noqa: B023
+            add = lambda: _merge(slices, forward_pair(settings.implementation, settings.pair, pair))
             slices = _where_needed(settings, pair, add, slices)
             state = tuple(x.at[index].set(new) for x, new in zip(state, slices))
         return state, ()
@@ -302,7 +304,7 @@ def _across_bwd(settings, residuals, dout):
         new = zeros(chunks._replace(segment_ids=None))
         for number, (query_index, key_index, pair) in enumerate(_pairs(settings, operands, chunks, hop)):
             rows = tuple(jax.lax.dynamic_index_in_dim(x, query_index, keepdims=False) for x in (lse, delta, rounded))
-            gradients = lambda: backward_pair(settings.implementation, settings.pair, pair, *rows)  # noqa: B023
+            gradients = lambda: backward_pair(settings.implementation, settings.pair, pair, *rows)
             found = _where_needed(settings, pair, gradients, zeros(result_types(pair, has_gradients=True)))
             at = lambda x, i, d: None if x is None else x.at[i].add(d)
             new = _Chunks(
