@@ -20,6 +20,7 @@ def test_example(number, capsys):
     exec(compile(BLOCKS[number], f"README.md[{number}]", "exec"), {})
 
 
+@pytest.mark.slow
 def test_recall_walk(capsys):
     pytest.importorskip("sklearn")
     session = {}  # one for all blocks, as a reader has
