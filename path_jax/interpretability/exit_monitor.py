@@ -34,7 +34,7 @@ class ExitMonitor:
             raise ValueError(f"{check_rate=} must be in (0, 1]")
         self.limit, self.check_rate, self.confidence = limit, check_rate, confidence
         self.num_exits = self.num_checked = self.num_different = 0
-        self._is_tripped, self._rng = False, np.random.default_rng(seed)
+        self._is_tripped, self._rng, self._drawn = False, np.random.default_rng(seed), np.zeros(0, bool)
 
     @property
     def is_tripped(self) -> bool:
@@ -53,8 +53,16 @@ class ExitMonitor:
 
     def choose(self, num: int) -> Bool[np.ndarray, "num"]:
         """Which of the next `num` tokens that leave to compare."""
+        chosen = self.foresee(num)
+        self._drawn = self._drawn[num:]
         self.num_exits += num
-        return self._rng.random(num) < self.check_rate
+        return chosen
+
+    def foresee(self, num: int) -> Bool[np.ndarray, "num"]:
+        """What `choose` will say of the next `num` tokens that leave."""
+        missing = max(0, num - len(self._drawn))
+        self._drawn = np.append(self._drawn, self._rng.random(missing) < self.check_rate)
+        return self._drawn[:num]
 
     def observe(self, agreed: Bool[np.ndarray, "n"]) -> None:
         """Takes what comparisons gave."""

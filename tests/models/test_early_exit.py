@@ -102,6 +102,13 @@ def test_tokens_are_those_of_the_definition(mixer, missing):
         tokens, depths = follow(model, params, prompt, rule, missing)
         np.testing.assert_array_equal(out.tokens[row, : len(tokens)], tokens)
         np.testing.assert_array_equal(out.depths[row], depths)
+        if row == 0:
+            alone = generate_with_exits(
+                model, params, [prompt], rule=rule, exit_layers=EXITS, max_new_tokens=STEPS, missing=missing,
+                max_waiting=STEPS,
+            )  # fmt: skip
+            np.testing.assert_array_equal(alone.tokens[0], tokens)
+            np.testing.assert_array_equal(alone.depths[0], depths)
 
 
 @pytest.mark.parametrize("missing", ["recompute", "propagate"])
@@ -142,8 +149,11 @@ class Recording:
     def is_tripped(self):
         return self.seen.count(False) >= self.limit
 
+    def foresee(self, num):
+        return (np.arange(num) + self.num) % 2 == 0
+
     def choose(self, num):
-        chosen = (np.arange(num) + self.num) % 2 == 0
+        chosen = self.foresee(num)
         self.num += num
         return chosen
 
@@ -163,6 +173,32 @@ def test_a_monitor_sees_full_depth_and_ends_exits(rope):
     # A step at full depth whose caches are exact gives the token of full depth.
     again = np.asarray(generate(*rope, out.tokens[:, :-1][:, : 3 + first_full], max_new_tokens=1))
     assert again[0, -1] == out.tokens[0, 3 + first_full]
+
+
+@pytest.mark.parametrize(
+    ("missing", "options"),
+    [
+        ("recompute", dict(max_waiting=2, min_margin=0.2)),
+        ("recompute", dict(temperature=1.0, rng=jax.random.key(3), stop_token=7)),
+        ("propagate", dict(min_margin=0.2)),
+    ],
+)
+def test_a_single_row_on_the_device_is_that_of_the_host(rope, missing, options):
+    """Somebody who wants to see every token gets them one by one."""
+
+    def run(**more):
+        monitor = Recording(limit=3)
+        out = generate_with_exits(
+            *rope, PROMPTS[:1], rule=SomeTokens(0.3), exit_layers=EXITS, max_new_tokens=40, missing=missing,
+            monitor=monitor, **options, **more,
+        )  # fmt: skip
+        return out, monitor
+
+    (ours, monitor), (wanted, other) = run(), run(on_token=lambda token, is_running: False)
+    for found, expected in zip(ours, wanted):
+        np.testing.assert_array_equal(found, expected)
+    assert monitor.seen == other.seen and monitor.num == other.num > 2
+    assert len(set(ours.depths[0]) - {0}) > 1
 
 
 @pytest.mark.parametrize(
