@@ -181,7 +181,8 @@ def _prompts(batches: Sequence[Batch], num: int) -> list[list[int]]:
 def _timings(text_model: TextModel, batches, rules, exit_layers, rows: int, args) -> list[Timing]:
     """Of full depth and of each rule, in turn, each once to compile and once more to measure.
 
-    Exits give every token to the host, and so does full depth where it is streamed; by itself it is one loop.
+    A batch with exits gives every token to the host, and so does full depth where it is streamed; by itself, like a
+    single row with exits, it is one loop on the device.
     """
     model, params, num_layers = DecoderLM(text_model.config), text_model.params, text_model.config.num_layers
     prompts = _prompts(batches, rows)

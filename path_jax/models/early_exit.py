@@ -124,7 +124,7 @@ def generate_with_exits(
     token, is_stop = np.asarray(first.new[:, 0]), np.asarray(first.is_stopped)
     depth = np.full(batch, config.num_layers)
     step = num_steps = 0
-    while True:
+    while step < max_new_tokens and is_running.any():
         if step:
             is_tripped = monitor is not None and monitor.is_tripped
             if batch == 1 and on_token is None:
@@ -158,9 +158,7 @@ def generate_with_exits(
         depths[is_running, step] = depth[is_running]
         is_running = is_running & ~is_stop
         step += 1
-        if on_token is not None and on_token(new[:, step - 1].copy(), is_running) or not is_running.any():
-            break
-        if step == max_new_tokens:
+        if on_token is not None and on_token(new[:, step - 1].copy(), is_running):
             break
     tokens = append_rows(tokens, lengths, new, max_new_tokens, sampling.fill)
     return EarlyExitOutput(tokens, depths, num_steps, stack.num_layer_runs)

@@ -95,7 +95,7 @@ class ExitStack:
             self._waiting, self._newest, self._counts, step, token, num_steps, is_forced, checks, min_margin,
         )  # fmt: skip
         walk = jax.tree.map(np.array, walk)
-        self._counts, self._at, self._token = walk.counts, walk.at, walk.newest.token
+        self._counts, self._at = walk.counts, walk.at
         depths = self._bounds[walk.ats[: walk.num]]
         self.num_layer_runs += int(depths.sum())
         return walk.tokens[: walk.num], depths, walk.newest
