@@ -174,6 +174,12 @@ def _through(config: ModelConfig, layers, params, states, x, lengths, rows, **op
     return x, before, tuple(new) if rows is None else tuple(put_rows(*item, rows) for item in zip(states, new))
 
 
+def _where(predicate, function, carry):
+    """`function(carry)` or the carry as it is: by a loop of one round or none, for conditionals copy what they pass on."""
+    once = lambda state: (jnp.zeros((), bool), function(state[1]))
+    return jax.lax.while_loop(lambda state: state[0], once, (jnp.asarray(predicate), carry))[1]
+
+
 class _Way(NamedTuple):
     """Rows on their way through segments."""
 
@@ -235,7 +241,7 @@ def _runs(
     way = _Way(states, waiting, jnp.asarray(counts), newest, jnp.full(len(index), first), going)
     for i in range(len(params)):
         is_enough = (i == first) | ((i > first) & (2 * way.going.sum() > len(index)))
-        way = jax.lax.cond(is_enough, functools.partial(cross, i), lambda way: way, way)
+        way = _where(is_enough, functools.partial(cross, i), way)
     taken = None
     if rows is None:  # else others may have to go on
         takes = lambda: _takes(segments, ends, way.newest, rng, step)
