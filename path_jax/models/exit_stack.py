@@ -175,7 +175,7 @@ def _through(config: ModelConfig, layers, params, states, x, lengths, rows, **op
 
 
 def _where(predicate, function, carry):
-    """`function(carry)` or the carry as it is: by a loop of one round or none, for conditionals copy what they pass on."""
+    """`function(carry)` or the carry as it is, by a loop of one round or none: conditionals copy what they pass on."""
     once = lambda state: (jnp.zeros((), bool), function(state[1]))
     return jax.lax.while_loop(lambda state: state[0], once, (jnp.asarray(predicate), carry))[1]
 
