@@ -98,9 +98,7 @@ def _distrusts(name, failure):
 def forward(choice: Choice, options: Options, inputs: Inputs):
     """(out, lse, what the backward pass wants kept) of the implementation for the platform that is compiled for."""
     options, functions = _functions(choice, "forward", options)
-    if len(functions) == 1:
-        return functions["default"](inputs)
-    if options.keep_versions:
+    if options.keep_versions and len(functions) > 1:
         kept = jax.eval_shape(functions["tpu"], inputs)[2]  # every platform's program has the same results
 
         def without_keeping(function, inputs):
@@ -110,15 +108,20 @@ def forward(choice: Choice, options: Options, inputs: Inputs):
             platform: function if platform == "tpu" else functools.partial(without_keeping, function)
             for platform, function in functions.items()
         }
-    return jax.lax.platform_dependent(inputs, **functions)
+    return _on_each_platform(functions, inputs)
 
 
 def backward(choice: Choice, options: Options, *residuals):
     """Cotangents of the inputs."""
     _, functions = _functions(choice, "backward", options)
+    return _on_each_platform(functions, *residuals)
+
+
+def _on_each_platform(functions, *arguments):
+    """What the function for the platform that is compiled for makes of the arguments."""
     if len(functions) == 1:
-        return functions["default"](*residuals)
-    return jax.lax.platform_dependent(*residuals, **functions)
+        return functions["default"](*arguments)
+    return jax.lax.platform_dependent(*arguments, **functions)
 
 
 def _functions(choice, direction, options):
@@ -146,9 +149,7 @@ def attend_pages(implementation: str | None, *arguments, **options):
         reasons = {name: module.refuses_pages(*arguments[1:3]) for name, module in _PAGES.items()}
         choice = _best(reasons, self_test.decode_failure)
     functions = {platform: functools.partial(_PAGES[name].attend_pages, **options) for platform, name in choice.items()}
-    if len(functions) == 1:
-        return functions["default"](*arguments)
-    return jax.lax.platform_dependent(*arguments, **functions)
+    return _on_each_platform(functions, *arguments)
 
 
 def forward_pair(implementation: str | None, options: pairs.PairOptions, pair: pairs.Pair):
@@ -162,14 +163,12 @@ def backward_pair(implementation: str | None, options: pairs.PairOptions, pair: 
 
 
 def _of_pair(function, implementation, options, pair, *others):
-    reasons = {name: module.refuses_pair(options, pair) for name, module in _PAIRS.items()}
+    reasons = {name: module.refuses_pair(options, pair) for name, module in _PAIRS.items() if name != "xla"}
     choice = _best(reasons, self_test.failure)
     if implementation is not None:
         choice = {"default": implementation if reasons.get(implementation, "no such") is None else "xla"}
     functions = {
         platform: functools.partial(getattr(_PAIRS[name], function), options) for platform, name in choice.items()
     }
-    if len(functions) == 1:
-        return functions["default"](pair, *others)
     with jax.named_scope(PAIR_SCOPE):
-        return jax.lax.platform_dependent(pair, *others, **functions)
+        return _on_each_platform(functions, pair, *others)

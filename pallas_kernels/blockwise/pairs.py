@@ -52,15 +52,8 @@ class PairOptions:
 
 
 def tile_size(length: int) -> int | None:
-    """Keys at a time; None for a number of keys that is above 512 and no multiple of 64."""
+    """Keys at a time; None for a number of keys that is above 512 and no multiple of 64, which nothing here serves."""
     return length if length <= _TILES[0] else next((size for size in _TILES if length % size == 0), None)
-
-
-def refuses_pair(options: PairOptions, pair: Pair) -> str | None:
-    """Why the implementation cannot serve the pair, or None."""
-    del options
-    length = pair.key.shape[2]
-    return None if tile_size(length) else f"{length} keys are more than {_TILES[0]} and no multiple of {_TILES[-1]}"
 
 
 def result_types(pair: Pair, has_gradients: bool):

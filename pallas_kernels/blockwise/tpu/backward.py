@@ -259,10 +259,10 @@ def attention_backward(
       dq_scale, dk_scale: factors of `sum_j ds k_j` and `sum_i ds q_i`, ds being the natural-unit cotangent of a logit.
 
     Returns:
-      (dq, dk, dv, row sums, column sums): dq shaped like q and dk like k, in q's dtype; with `tiling.apart` all are
-      float32, for these are parts of sums; with a tree dq and dk are one array,
-      of which only the parts that the schedule uses are written, and dv is float32; otherwise dv has v's dtype. The
-      gate's sums of ds are float32, over keys [BK, G, Tq] and over queries [BK, G, T], None without a gate.
+      (dq, dk, dv, row sums, column sums): dq shaped like q and dk like k, in q's dtype; with a tree both are one array,
+      of which only the parts that the schedule uses are written, and dv is float32; otherwise dv has v's dtype. With
+      `tiling.apart` all are float32, for they are parts of sums. The gate's sums of ds are float32, over keys
+      [BK, G, Tq] and over queries [BK, G, T], None without a gate.
     """
     S = tiling.superchunk
     slots, num_kv, groups, _, head_dim = q.shape
